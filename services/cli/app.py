@@ -13,6 +13,7 @@ import typer
 from mulligan.cli.conformance import conformance
 from mulligan.cli.connection import INSECURE
 from mulligan.cli.demo import demo
+from mulligan.cli.doctor import doctor
 from mulligan.cli.env import env
 from mulligan.cli.evaluate import evaluate
 from mulligan.cli.experiences import experiences
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, up, train, watch, runs, stop, resume, experiences, report, ui, token):
+for command in (demo, up, doctor, train, watch, runs, stop, resume, experiences, report, ui, token):
     app.command()(command)
 app.command("eval")(evaluate)
 

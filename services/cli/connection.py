@@ -70,6 +70,10 @@ def command(*words: str, trainer: str = "") -> str:
     return shlex.join([program(), *words, *elsewhere])
 
 
+class UnusableEndpoint(ValueError):
+    """An address or a credential that no call can be made with. The message says which variable or flag to change."""
+
+
 def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
     """The endpoint, with the token of `token_file`, or of MULLIGAN_CLI_TOKEN. Ends the program if the address is not
     that of one server.
@@ -88,13 +92,21 @@ def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
             socket.getaddrinfo(host, None)
         except OSError as error:
             raise ServiceUnavailable(address, 0, f"the host is not known: {error.strerror or error}") from error
-    file = token_file(address)
+    try:
+        return find_endpoint(address, outage_seconds)
+    except UnusableEndpoint as error:
+        fail(error, 2)
+
+
+def find_endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
+    """The endpoint of one server, with its credentials. Raises UnusableEndpoint."""
+    file = _find_token_file(address)
     token = None if file is not None else os.environ.get(TOKEN)
     found = Endpoint(
         address,
         token=token,
         token_file=file,
-        tls=client_tls(),
+        tls=find_client_tls(),
         run_credential=os.environ.get(RUN_CREDENTIAL),
         insecure=insecure(),
         outage_seconds=outage_seconds,
@@ -102,25 +114,39 @@ def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
     try:
         check_protection(found)
     except UnprotectedToken as error:
-        fail(f"{error}: {TLS}_CA, or mulligan --insecure", 2)
+        raise UnusableEndpoint(f"{error}: {TLS}_CA, or mulligan --insecure") from error
     return found
 
 
 def token_file(address: str) -> Path | None:
     """The file that MULLIGAN_CLI_TOKEN_FILE names. Without it and MULLIGAN_CLI_TOKEN, that of this user's services at
     the address, if `mulligan up` runs them; else None. Ends the program when the file holds no token."""
+    try:
+        return _find_token_file(address)
+    except UnusableEndpoint as error:
+        fail(error, 2)
+
+
+def _find_token_file(address: str) -> Path | None:
     name = os.environ.get(f"{TOKEN}_FILE")
     if not name:
-        return _found_file(address, AccessRole.ADMIN)
+        return _find_local(address, AccessRole.ADMIN)
     try:
         TokenFile(Path(name))
     except BadTokens as error:
-        fail(f"{TOKEN}_FILE: {error}", 2)
+        raise UnusableEndpoint(f"{TOKEN}_FILE: {error}") from error
     return Path(name)
 
 
 def _found_file(address: str, role: AccessRole) -> Path | None:
     """A role's token of services that `mulligan up` runs. Ends the program when others may read it."""
+    try:
+        return _find_local(address, role)
+    except UnusableEndpoint as error:
+        fail(error, 2)
+
+
+def _find_local(address: str, role: AccessRole) -> Path | None:
     if TOKEN in os.environ or os.environ.get(f"{TOKEN}_FILE"):
         return None
     try:
@@ -131,7 +157,7 @@ def _found_file(address: str, role: AccessRole) -> Path | None:
         check_private(folder / role)
         TokenFile(folder / role)
     except (NotPrivate, BadTokens, FileNotFoundError) as error:
-        fail(f"{error}; {TOKEN}_FILE may name another", 2)
+        raise UnusableEndpoint(f"{error}; {TOKEN}_FILE may name another") from error
     return folder / role
 
 
@@ -156,12 +182,20 @@ def insecure() -> bool:
 def client_tls() -> ClientTls | None:
     """By the variables MULLIGAN_CLI_TLS_CA, …_NAME, …_CERT and …_KEY; None if none of them is set. Ends the program for
     a bad file."""
+    try:
+        return find_client_tls()
+    except UnusableEndpoint as error:
+        fail(error, 2)
+
+
+def find_client_tls() -> ClientTls | None:
+    """As `client_tls`. Raises UnusableEndpoint."""
     ca, name, cert, key = (os.environ.get(f"{TLS}_{part}", "") for part in ("CA", "NAME", "CERT", "KEY"))
     files = [Path(file) if file else None for file in (ca, cert, key)]
     try:
         return read_client_tls(files[0], name, files[1], files[2])
     except (BadTls, ValueError) as error:
-        fail(f"{TLS}_…: {error}", 2)
+        raise UnusableEndpoint(f"{TLS}_…: {error}") from error
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -374,12 +374,32 @@ def _method(message: Any) -> str:
     return type(message).__name__.removesuffix("Request").removesuffix("Response")
 
 
-async def is_healthy(address: str, timeout: float = 2.0, tls: ClientTls | None = None, service: str = "") -> bool:
-    """Whether a server answers SERVING to a health check of a gRPC service, or of itself. Raises BadTls."""
+@dataclass(frozen=True, slots=True)
+class HealthAnswer:
+    """What came of a health check: the status of the health protocol, such as SERVING or NOT_SERVING, or of gRPC, such
+    as UNAVAILABLE; `details` are gRPC's words then."""
+
+    status: str
+    details: str = ""
+
+
+async def ask_health(
+    address: str, timeout: float = 2.0, tls: ClientTls | None = None, service: str = ""
+) -> HealthAnswer:
+    """Asks a server whether one of its gRPC services, or itself, serves. Raises BadTls."""
     async with open_channel(address, tls, [*proxies.grpc_options(address)]) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # typed for synchronous channels only
         try:
             answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout)
-        except grpc.aio.AioRpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        except grpc.aio.AioRpcError as error:
+            return HealthAnswer(error.code().name, error.details() or "")
+        if answer is None:
+            return HealthAnswer("INTERNAL", "the answer cannot be parsed")
+        known = health_pb2.HealthCheckResponse.ServingStatus
+        found = answer.status
+        return HealthAnswer(known.Name(found) if found in known.values() else str(found))
+
+
+async def is_healthy(address: str, timeout: float = 2.0, tls: ClientTls | None = None, service: str = "") -> bool:
+    """Whether a server answers SERVING to a health check of a gRPC service, or of itself. Raises BadTls."""
+    return (await ask_health(address, timeout, tls, service)).status == "SERVING"

@@ -44,7 +44,10 @@ def hint(address: str, environment: Mapping[str, str] = os.environ) -> str:
     which may hold credentials."""
     if is_direct(host_of(address)):
         return ""
-    found = next((name for name in environment if name.lower() in _VARIABLES and environment[name]), None)
-    if found is None:
-        return ""
-    return f" (an HTTP proxy is set by {found}; to bypass it, add this host to no_proxy)"
+    found = variable(environment)
+    return found and f" (an HTTP proxy is set by {found}; to bypass it, add this host to no_proxy)"
+
+
+def variable(environment: Mapping[str, str] = os.environ) -> str:
+    """The name of a variable that sets a proxy, or ""."""
+    return next((name for name in environment if name.lower() in _VARIABLES and environment[name]), "")

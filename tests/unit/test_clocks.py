@@ -18,6 +18,7 @@ CLOCKS = {
 RECORDS = {
     "services/common/certificates.py": "from when to when a certificate is good",
     "services/common/run_credentials.py": "until when a credential is good",
+    "services/cli/doctor/command.py": "whether certificates are good, and whether records lie in the future",
     "services/cli/train.py": "the name of a run",
     "services/conformance/memory/entries.py": "whether a server's clock is this one's",
     "services/conformance/memory/log.py": "whether a server's clock is this one's",
