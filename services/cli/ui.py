@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +20,6 @@ from mulligan.cli.out import fail, note
 from mulligan.common.addresses import Addresses
 from mulligan.common.errors import ServiceUnavailable
 from mulligan.common.extras import MissingExtra
-from mulligan.common.files import user_folder
 
 PORT = 8050
 
@@ -48,6 +45,7 @@ def ui(
         from mulligan.console.app import make_app
         from mulligan.console.index import ExperienceIndex
         from mulligan.console.library import Library
+        from mulligan.console.reading import index_file
         from mulligan.console.services import Services
         from mulligan.console.watcher import Watcher
     except ImportError as error:
@@ -65,7 +63,7 @@ def ui(
         except OSError as error:
             fail(f"--port {port}: {error.strerror}", 2)
         port = listening.getsockname()[1]
-        index = ExperienceIndex(_cache(folder.resolve()))
+        index = ExperienceIndex(index_file(folder.resolve()))
         hosts = [f"127.0.0.1:{port}", f"localhost:{port}"]
         app = make_app(Watcher(Library(folder.resolve()), index), index, services, hosts)
         note(f"the runs below {folder}: http://127.0.0.1:{port}")
@@ -80,9 +78,3 @@ def _first(address: str) -> str:
         return next(iter(Addresses.parse(address).fixed), address)
     except ValueError as error:
         fail(error, 2)
-
-
-def _cache(folder: Path) -> Path:
-    """The file of the index of a folder's experiences, in the user's cache."""
-    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    return user_folder("XDG_CACHE_HOME", ".cache") / "console" / f"{name}.sqlite"
