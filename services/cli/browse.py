@@ -6,6 +6,8 @@ import sqlite3
 import sys
 from pathlib import Path
 
+import typer
+
 from mulligan.cli.connection import endpoint, run
 from mulligan.cli.out import fail, note
 from mulligan.cli.runs import whole_run_id
@@ -44,7 +46,7 @@ def browse(source: str, trainer: str) -> bool:
     for warning in warnings:
         note(f"warning: {warning}")
     if app.return_code:
-        sys.exit(app.return_code)
+        raise typer.Exit(app.return_code)
     return True
 
 

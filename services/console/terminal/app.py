@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import structlog
-from textual.app import App
 from textual.binding import Binding, BindingType
 
 from mulligan.console.index import ExperienceIndex
-from mulligan.console.library import Library, ShownRun
+from mulligan.console.terminal.browsed import BrowsedRun, BrowserApp
 from mulligan.console.terminal.items import ItemsView
 from mulligan.console.terminal.screens import BrowserScreen, ListScreen
-from mulligan.console.watcher import Watcher
 
 THEMES = ("ansi-dark", "textual-light", "textual-dark")  # the first one has the terminal's own colours
 _MOST = 20  # warnings that are kept
 
 
-class ExperienceBrowser(App[None]):
+class ExperienceBrowser(BrowserApp):
     """Shows the run in `folder`, which has a run.json."""
 
     TITLE = "Mulligan"
@@ -40,11 +38,7 @@ class ExperienceBrowser(App[None]):
     ]
 
     def __init__(self, folder: Path, index: ExperienceIndex) -> None:
-        super().__init__()
-        self.run_key = folder.name
-        self.journal = folder / "journal"
-        self.index = index
-        self.watcher = Watcher(Library(folder), index)
+        super().__init__(BrowsedRun(folder, index))
         self._themes = itertools.cycle(THEMES)
         self.theme = next(self._themes)
 
@@ -52,26 +46,12 @@ class ExperienceBrowser(App[None]):
         self.push_screen(ListScreen())
         self.run_worker(self._follow(), group="follow")
 
-    @property
-    def _run_shown(self) -> ShownRun | None:
-        return self.watcher.run(self.run_key)
-
-    @property
-    def run_state(self) -> str:
-        run = self._run_shown
-        return "" if run is None else f"{run.state}, step {run.series.steps} of {run.setting('steps')}"
-
-    @property
-    def model(self) -> str:
-        """The model that the run trains."""
-        run = self._run_shown
-        return "" if run is None else str(run.setting("model", "source") or "")
-
     async def _follow(self) -> None:
+        browsed = self.browsed
         seen: tuple[int, int, str] | None = None
-        async with self.watcher.running():
-            async for _ in self.watcher.changes():
-                now = (self.watcher.added, self.watcher.indexing, self.run_state)
+        async with browsed.watcher.running():
+            async for _ in browsed.watcher.changes():
+                now = (browsed.watcher.added, browsed.watcher.indexing, browsed.state)
                 if now != seen and isinstance(self.screen, BrowserScreen):
                     seen = now
                     for screen in self.screen_stack:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 from rich.text import Text
 from textual.app import ComposeResult
@@ -15,6 +15,7 @@ from textual.widgets import Input, Static
 from mulligan.common.suggest import did_you_mean
 from mulligan.console.index import ExperienceFilter
 from mulligan.console.reading import experience_of, members_of
+from mulligan.console.terminal.browsed import BrowsedRun, BrowserApp
 from mulligan.console.terminal.items import ItemsView, LaidView
 from mulligan.console.terminal.layout import Laid, LaidGroup, laid_experience, laid_group
 from mulligan.console.terminal.rows import RowsView
@@ -24,9 +25,6 @@ from mulligan.console.terminal.words import NAMES, BadFilter, typed_of, wanted_b
 from mulligan.console.tokens import texts_of
 from mulligan.console.views import ExperienceView, SequenceView, view_of
 from mulligan.trainer.journal import slot_of, step_of
-
-if TYPE_CHECKING:
-    from mulligan.console.terminal.app import ExperienceBrowser
 
 KEYS = (
     ("j k", "next, previous; in the list also ↓ ↑"),
@@ -50,8 +48,8 @@ class BrowserScreen(Screen[None]):
     HINT = "j k choose · Enter opens · u up · ? keys · q quits"
 
     @property
-    def browser(self) -> ExperienceBrowser:
-        return cast("ExperienceBrowser", self.app)
+    def browsed(self) -> BrowsedRun:
+        return cast(BrowserApp, self.app).browsed
 
     def compose(self) -> ComposeResult:
         yield Static(id="head", markup=False)
@@ -109,8 +107,8 @@ class ListScreen(BrowserScreen):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("slash", "search"), Binding("g", "group")]
 
     def body(self) -> Iterator[ItemsView]:
-        run = self.browser.run_key
-        yield RowsView(self.browser.index, ExperienceFilter(run))
+        run = self.browsed.key
+        yield RowsView(self.browsed.index, ExperienceFilter(run))
 
     def compose(self) -> ComposeResult:
         yield Static(id="head", markup=False)
@@ -130,22 +128,22 @@ class ListScreen(BrowserScreen):
         await self.rows.read_anew()
 
     def on_rows_view_counted(self) -> None:
-        rows, browser = self.rows, self.browser
+        rows, browsed = self.rows, self.browsed
         found = f"{rows.count:,} experiences"
-        if browser.watcher.indexing:
-            found += f" so far; {browser.watcher.indexing} more steps are being read"
+        if browsed.watcher.indexing:
+            found += f" so far; {browsed.watcher.indexing} more steps are being read"
         filters = typed_of(rows.wanted)
-        self.head(found, filters, browser.run_key, browser.run_state)
+        self.head(found, filters, browsed.key, browsed.state)
         if not rows.count and filters:
             self.foot(f"no experience fulfils all conditions{self._near(rows.wanted)}; / and Enter show all", "yellow")
         elif not rows.count:
-            self.foot("the journal is being read" if browser.watcher.indexing else "no experience is complete yet")
+            self.foot("the journal is being read" if browsed.watcher.indexing else "no experience is complete yet")
         else:
             self.foot(self.HINT, "dim")
 
     def _near(self, wanted: ExperienceFilter) -> str:
         """The values that a misspelt one may mean."""
-        choices = self.browser.index.choices(wanted.run)
+        choices = self.browsed.index.choices(wanted.run)
         for name in ("role", "outcome", "environment"):
             value = getattr(wanted, name)
             if value and value not in choices[name]:
@@ -161,7 +159,7 @@ class ListScreen(BrowserScreen):
 
     async def on_input_submitted(self, event: Input.Submitted) -> None:
         try:
-            wanted = wanted_by(self.browser.run_key, event.value)
+            wanted = wanted_by(self.browsed.key, event.value)
         except BadFilter as error:
             self.foot(error, "red")
             return
@@ -225,13 +223,13 @@ class ExperienceScreen(BrowserScreen):
     async def _read(self) -> None:
         """Anew from the journal."""
         name = self._experience
-        one = await asyncio.to_thread(experience_of, self.browser.journal, name)
+        one = await asyncio.to_thread(experience_of, self.browsed.journal, name)
         if name != self._experience:
             return
         if one is None:
             self.foot(f"the journal has no experience {name!r} any more", "red")
             return
-        texts = await asyncio.to_thread(texts_of, self.browser.model)
+        texts = await asyncio.to_thread(texts_of, self.browsed.model)
         self._view = await asyncio.to_thread(view_of, one, texts)
         self.head(name)
         self.lines.lay_out_anew()
@@ -251,7 +249,7 @@ class ExperienceScreen(BrowserScreen):
 
     async def action_neighbour(self, side: int) -> None:
         """The experience before (0) or after (1) this one in the list."""
-        found = await asyncio.to_thread(self.browser.index.neighbours, self._wanted, self._experience)
+        found = await asyncio.to_thread(self.browsed.index.neighbours, self._wanted, self._experience)
         if (name := found[side]) is None:
             self.foot("this is the last one" if side else "this is the first one", "dim")
             return
@@ -295,7 +293,7 @@ class GroupScreen(BrowserScreen):
         await self.follow()
 
     async def follow(self) -> None:
-        members = await asyncio.to_thread(members_of, self.browser.journal, self._step, self._slot)
+        members = await asyncio.to_thread(members_of, self.browsed.journal, self._step, self._slot)
         self._views[:] = [view_of(one, None) for one in members]
         self.query_one(GroupView).lay_out_anew()
         task = f"task {members[0].task_id}" if members else "no experience of it is in the journal"
@@ -307,7 +305,7 @@ class GroupScreen(BrowserScreen):
 
     def on_items_view_opened(self) -> None:
         one = self._views[self.query_one(GroupView).chosen].experience
-        wanted = ExperienceFilter(self.browser.run_key, step=self._step, slot=self._slot)
+        wanted = ExperienceFilter(self.browsed.key, step=self._step, slot=self._slot)
         self.app.push_screen(ExperienceScreen(one.experience_id, wanted))
 
 
