@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from mulligan.trainer.client import RunClient
 
 
 def on_a_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    """Whether a person looks and has keys. A terminal that calls itself dumb can only print."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def browse(source: str, trainer: str) -> bool:

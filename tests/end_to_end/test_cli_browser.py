@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.recorded_runs import write_run
 from tests.support.paths import IMPORT_ROOTS
 from tests.support.terminal import on_terminal, without
@@ -44,6 +47,23 @@ def test_it_opens_and_q_leaves_the_terminal_as_it_was(folder: str, cache: dict[s
         end = terminal.sent.rpartition(LEFT)
         assert end[1] and "\x1b[?25h" in terminal.sent and "Traceback" not in terminal.sent
         assert "═══" not in terminal.sent, "nothing is printed as well"
+        assert "\x1b[48;2;" not in terminal.sent and "\x1b[38;2;" not in terminal.sent, "the terminal's own colours"
+
+
+def test_a_run_of_a_trainer_by_the_beginning_of_its_id(
+    shared_services: ServiceProcesses, cache: dict[str, str], tmp_path: Path
+) -> None:
+    loop = Loop.start(shared_services, tmp_path)
+    asyncio.run(loop.train("a-run-of-a-trainer", small_run(steps=1, checkpoint_every=1)))
+    environment = {**cache, "MULLIGAN_CLI_TRAINER": loop.trainer.address}
+    with on_terminal("experiences", "a-run", environment=environment) as terminal:
+        terminal.wait_for("com first ")  # a row: its journal is read
+        terminal.press("\r")
+        terminal.wait_for("a-run-of-a-trainer-s0-t0-r0")
+        terminal.press("q")
+        assert terminal.status() == 0
+    with on_terminal("experiences", "b-run", environment=environment, columns=400) as terminal:
+        assert terminal.status() == 1 and "no run 'b-run'" in terminal.sent
 
 
 def test_ctrl_c_quits_it_too(folder: str, cache: dict[str, str]) -> None:
@@ -59,6 +79,8 @@ def test_in_a_pipe_and_with_options_it_prints(folder: str, cache: dict[str, str]
     assert piped.stdout.count("═══") == 3 and piped.stdout.startswith(
         "═══ run-s0-t0-r0  (frozenlake-3x3 train/00000, erl)"
     )
+    with on_terminal("experiences", folder, environment={**cache, "TERM": "dumb"}, columns=400) as terminal:
+        assert terminal.status() == 0 and terminal.sent.replace("\r\n", "\n") == piped.stdout
     for options in (("--limit", "3"), ("--step", "0"), ("--limit", "3", "--json")):
         with on_terminal("experiences", folder, *options, environment=cache, columns=400) as terminal:
             assert terminal.status() == 0 and LEFT not in terminal.sent

@@ -33,7 +33,7 @@ class ExperienceBrowser(BrowserApp):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit"),
-        Binding("ctrl+c", "quit", show=False),
+        Binding("ctrl+c", "quit", priority=True),
         Binding("t", "colours"),
     ]
 

@@ -55,6 +55,11 @@ class Looked:
             assert time.monotonic() - began < SECONDS, self.text
             await self._pilot.pause(0.02)
 
+    async def resize(self, columns: int) -> None:
+        await self._pilot.resize_terminal(columns, 30)
+        await self.wait(lambda: {cell_len(line) for line in self.text.splitlines()} == {columns})
+        await self._pilot.pause(0.1)
+
     async def filter(self, typed: str, begins: str = "", until: str = "") -> str:
         """The screen, once it begins with this, or `until` stands on it."""
         await self.press("slash")
@@ -159,6 +164,17 @@ async def test_what_a_model_wrote_is_text(folder: Path, tmp_path: Path, columns:
         seen.append(await one.press("question_mark", until="Keys"))
         assert not [one for one in "\x1b\u202e\r\x07" if any(one in text for text in seen)]
         assert {cell_len(line) for text in seen for line in text.splitlines()} == {columns}
+
+
+async def test_a_window_that_changes_its_size(folder: Path, tmp_path: Path) -> None:
+    async with looking(folder, tmp_path, count=18, columns=120) as one:
+        await one.press("j", "enter", until="fell into hole")
+        await one.press("j")
+        await one.resize(40)
+        assert "▌   reflection completed reward 1 ·" in one.text
+        await one.press("u", until="18 experiences")
+        await one.resize(200)
+        assert "first 0 · reflection 1 · second 1" in one.text and "6 tokens" in one.text
 
 
 async def test_a_run_that_grows(tmp_path: Path) -> None:
