@@ -48,6 +48,7 @@ def test_it_opens_and_q_leaves_the_terminal_as_it_was(folder: str, cache: dict[s
         assert end[1] and "\x1b[?25h" in terminal.sent and "Traceback" not in terminal.sent
         assert "═══" not in terminal.sent, "nothing is printed as well"
         assert "\x1b[48;2;" not in terminal.sent and "\x1b[38;2;" not in terminal.sent, "the terminal's own colours"
+        assert ";40m" not in terminal.sent, "no black ground on a light terminal"
 
 
 def test_a_run_of_a_trainer_by_the_beginning_of_its_id(
@@ -57,7 +58,7 @@ def test_a_run_of_a_trainer_by_the_beginning_of_its_id(
     asyncio.run(loop.train("a-run-of-a-trainer", small_run(steps=1, checkpoint_every=1)))
     environment = {**cache, "MULLIGAN_CLI_TRAINER": loop.trainer.address}
     with on_terminal("experiences", "a-run", environment=environment) as terminal:
-        terminal.wait_for("com first ")  # a row: its journal is read
+        terminal.wait_for("first ")  # a row: its journal is read
         terminal.press("\r")
         terminal.wait_for("a-run-of-a-trainer-s0-t0-r0")
         terminal.press("q")

@@ -41,7 +41,7 @@ class ItemsView(ScrollView, can_focus=True):
         """The chosen item is to be opened."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(classes="-ansi-scrollbar")  # in the terminal's own colours, too
         self.chosen = 0
 
     @property
