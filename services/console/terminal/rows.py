@@ -11,7 +11,7 @@ from rich.text import Text
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from mulligan.console.index import ExperienceFilter, ExperienceIndex, ExperienceRow
+from mulligan.console.index import ExperienceFilter, ExperienceIndex, ExperienceRow, FoundExperiences
 from mulligan.console.reading import signed
 from mulligan.console.terminal.items import ItemsView
 from mulligan.console.terminal.layout import outcome_style
@@ -96,22 +96,33 @@ class RowsView(ItemsView):
             self._asked.discard(far)
         self.refresh()
 
+    def _around(self, name: str) -> tuple[FoundExperiences, int, int | None]:
+        """The page with this experience, its number, and the place of the experience; the first page where it is not
+        among them. The index may grow between two questions, so the answer is checked."""
+        wanted = self.wanted
+        while (place := self._index.place(wanted, name)) is not None:
+            page = place // PAGE
+            found = self._index.find(wanted, after=page * PAGE, limit=PAGE)
+            rows = found.rows[place % PAGE : place % PAGE + 1]
+            if rows and rows[0].experience_id == name:
+                return found, page, place
+        return self._index.find(wanted, limit=PAGE), 0, None
+
     async def read_anew(self, wanted: ExperienceFilter | None = None) -> None:
         """After the index has grown, or for another filter. The chosen experience stays chosen where it is still
         among them, and stays at its line of the screen."""
         self.wanted = wanted or self.wanted
         self._reading += 1
         reading, row = self._reading, self.row
-        place = None if row is None else await asyncio.to_thread(self._index.place, self.wanted, row.experience_id)
+        found, found_page, place = await asyncio.to_thread(self._around, "" if row is None else row.experience_id)
         if place is None:
             place = self.chosen if wanted is None else 0
         page = place // PAGE
-        found = await asyncio.to_thread(self._index.find, self.wanted, after=page * PAGE, limit=PAGE)
         choices = await asyncio.to_thread(self._index.choices, self.wanted.run)
         if reading != self._reading:
             return
         above = self.chosen - self.scroll_offset.y
-        self._pages, self._asked = {page: found.rows}, {page}
+        self._pages, self._asked = ({page: found.rows}, {page}) if page == found_page else ({}, set())
         self.count, self.environments = found.count, len(choices["environment"])
         self.chosen = place
         self.changed()
