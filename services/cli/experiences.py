@@ -9,6 +9,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from mulligan.cli.browse import browse, on_a_terminal
 from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
 from mulligan.cli.out import fail, json_safe, show
 from mulligan.cli.runs import whole_run_id
@@ -18,16 +19,21 @@ from mulligan.trainer.journal import journal_file, journaled_steps, read_experie
 
 
 def experiences(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="A run's id, or its folder: then no service is needed.")],
     step: Annotated[int | None, typer.Option(help="Only this training step, from 0.", min=0)] = None,
     limit: Annotated[int, typer.Option(help="How many.", min=0)] = 3,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line, token ids included.")] = False,
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
-    """Print journaled experiences: what was played and written, in order, and what was trained on instead.
+    """Look at journaled experiences: what was played and written, in order, and what was trained on instead.
+
+    Without options, a terminal shows a browser of them all, with the extra `browse`. Else the first ones are printed.
 
     Example: `mulligan experiences runs/demo/runs/demo-1 --step 10 --limit 1`
     """
+    if on_a_terminal() and not _given(context) and browse(source, trainer):
+        return
     if Path(source).is_dir():
         found = list(_from_folder(Path(source) / "journal", step, limit))
     else:
@@ -37,6 +43,12 @@ def experiences(
     for experience in found:
         whole = json_safe(msgspec.json.encode(experience).decode()) if json else "\n".join(lines(experience))
         show(whole)
+
+
+def _given(context: typer.Context) -> list[str]:
+    """The options of the command line."""
+    options = [name for name in context.params if name != "source"]
+    return [name for name in options if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"]
 
 
 def _from_folder(journal: Path, step: int | None, limit: int) -> Iterator[Experience]:

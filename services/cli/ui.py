@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import secrets
 import socket
 import string
@@ -28,7 +26,6 @@ from mulligan.common.addresses import Addresses
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import ServiceUnavailable
 from mulligan.common.extras import MissingExtra
-from mulligan.common.files import user_folder
 
 HOST = "127.0.0.1"
 PORT = 8050
@@ -110,10 +107,11 @@ def _serve(
     from mulligan.console.guard import Access
     from mulligan.console.index import ExperienceIndex
     from mulligan.console.library import Library
+    from mulligan.console.reading import index_file
     from mulligan.console.services import Services
     from mulligan.console.watcher import Watcher
 
-    index = ExperienceIndex(_cache(folder))
+    index = ExperienceIndex(index_file(folder))
     app = make_app(Watcher(Library(folder), index), index, Services(endpoints), Access(*access))
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **files)).run([listening])
     index.close()
@@ -160,9 +158,3 @@ def _first(address: str) -> str:
         return next(iter(Addresses.parse(address).fixed), address)
     except ValueError as error:
         fail(error, 2)
-
-
-def _cache(folder: Path) -> Path:
-    """The file of the index of a folder's experiences, in the user's cache."""
-    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    return user_folder("XDG_CACHE_HOME", ".cache") / "console" / f"{name}.sqlite"

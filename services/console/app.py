@@ -17,13 +17,13 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from mulligan.common.experience import Experience
 from mulligan.console.actions import Actions
 from mulligan.console.charts import Chart, first_charts, matching_charts
 from mulligan.console.chat import ChatPages
 from mulligan.console.guard import Access, Guard
-from mulligan.console.index import ExperienceFilter, ExperienceIndex
+from mulligan.console.index import ExperienceIndex
 from mulligan.console.library import ShownRun
+from mulligan.console.reading import experience_of, members_of, wanted_of, whole
 from mulligan.console.service_pages import ServicePages
 from mulligan.console.services import Services
 from mulligan.console.settings import differences, flat
@@ -31,7 +31,7 @@ from mulligan.console.templating import STATIC, templates
 from mulligan.console.tokens import texts_of
 from mulligan.console.views import view_of
 from mulligan.console.watcher import Watcher
-from mulligan.trainer.journal import journal_file, read_experiences, slot_of, step_of
+from mulligan.trainer.journal import slot_of
 
 PAGE = 50  # experiences
 
@@ -98,8 +98,8 @@ class Pages:
 
     async def experiences(self, request: Request) -> Response:
         run = self.run(request)
-        wanted = _filter(run, request.query_params)
-        after = max(_int(request.query_params.get("after")) or 0, 0)
+        wanted = wanted_of(run.key, request.query_params)
+        after = max(whole(request.query_params.get("after")) or 0, 0)
         found = await asyncio.to_thread(self._index.find, wanted, after=after, limit=PAGE)
         # All rewards, so that another bin can be chosen.
         bins = await asyncio.to_thread(self._index.rewards, replace(wanted, reward_from=None, reward_to=None))
@@ -112,11 +112,12 @@ class Pages:
     async def experience(self, request: Request) -> Response:
         run = self.run(request)
         name = request.path_params["experience"]
-        experience = await asyncio.to_thread(_experience, run, name)
+        experience = await asyncio.to_thread(experience_of, run.folder.journal, name)
         if experience is None:
             raise HTTPException(404, f"Run {run.key} has no experience {name!r} in its journal.")
         view = await asyncio.to_thread(view_of, experience, texts_of(str(run.setting("model", "source") or "")))
-        before, following = await asyncio.to_thread(self._index.neighbours, _filter(run, request.query_params), name)
+        wanted = wanted_of(run.key, request.query_params)
+        before, following = await asyncio.to_thread(self._index.neighbours, wanted, name)
         given = dict(request.query_params)
         return self.page(
             request,
@@ -133,7 +134,7 @@ class Pages:
     async def group(self, request: Request) -> Response:
         run = self.run(request)
         step, slot = request.path_params["step"], request.path_params["slot"]
-        members = await asyncio.to_thread(_members, run, step, slot)
+        members = await asyncio.to_thread(members_of, run.folder.journal, step, slot)
         if not members:
             raise HTTPException(404, f"Step {step} of run {run.key} has no group {slot} in its journal.")
         views = [view_of(one, None) for one in members]
@@ -144,14 +145,14 @@ class Pages:
     async def series(self, request: Request) -> Response:
         """Points of metrics of runs, as JSON: those of later events than `after`, if there is one."""
         keys, names = request.query_params.getlist("run"), request.query_params.getlist("metric")
-        after = _int(request.query_params.get("after")) or 0
+        after = whole(request.query_params.get("after")) or 0
         return JSONResponse(self._points(keys, names, dict.fromkeys(keys, after)))
 
     async def live(self, request: Request) -> Response:
         """The same as server-sent events, whenever there is something new. `after` has a number for each run."""
         keys = request.query_params.getlist("run")
         names = request.query_params.getlist("metric")
-        cursors = {key: _int(one) or 0 for key, one in zip(keys, request.query_params.getlist("after"), strict=False)}
+        cursors = {key: whole(one) or 0 for key, one in zip(keys, request.query_params.getlist("after"), strict=False)}
 
         async def events() -> AsyncIterator[str]:
             yield "retry: 2000\n\n"
@@ -206,46 +207,3 @@ class Pages:
 def _charts(runs: Sequence[ShownRun], wanted: str) -> list[Chart]:
     names = {name for run in runs for name in run.series.series}
     return matching_charts(names, wanted) if wanted.strip() else first_charts(names)
-
-
-def _filter(run: ShownRun, given: Mapping[str, str]) -> ExperienceFilter:
-    return ExperienceFilter(
-        run.key,
-        step=_int(given.get("step")),
-        slot=_int(given.get("slot")),
-        environment=given.get("environment", ""),
-        role=given.get("role", ""),
-        outcome=given.get("outcome", ""),
-        reward_from=_float(given.get("from")),
-        reward_to=_float(given.get("to")),
-        text=given.get("text", ""),
-    )
-
-
-def _experience(run: ShownRun, name: str) -> Experience | None:
-    try:
-        file = journal_file(run.folder.journal, step_of(name))
-        if not file.exists():
-            return None
-    except (ValueError, OSError):  # no such id; a number that is too long for a name
-        return None
-    return next((one for one in read_experiences(file) if one.experience_id == name), None)
-
-
-def _members(run: ShownRun, step: int, slot: int) -> list[Experience]:
-    file = journal_file(run.folder.journal, step)
-    return [one for one in read_experiences(file) if slot_of(one.experience_id) == slot] if file.exists() else []
-
-
-def _int(text: str | None) -> int | None:
-    try:
-        return int(text or "")
-    except ValueError:
-        return None
-
-
-def _float(text: str | None) -> float | None:
-    try:
-        return float(text or "")
-    except ValueError:
-        return None

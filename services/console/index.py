@@ -20,6 +20,7 @@ from mulligan.common.text import bounded
 from mulligan.trainer.journal import read_experiences, slot_of
 
 log = structlog.get_logger()
+_VERSION = 2  # of the schema; an index of another one is made anew
 _TEXT = 20_000  # characters of an experience that can be searched
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
@@ -29,10 +30,10 @@ CREATE TABLE IF NOT EXISTS files (run TEXT, step INTEGER, size INTEGER, changed 
 CREATE TABLE IF NOT EXISTS choices (id INTEGER PRIMARY KEY, run TEXT, name TEXT, value TEXT, UNIQUE (run, name, value));
 CREATE TABLE IF NOT EXISTS experiences (
     id INTEGER PRIMARY KEY, run TEXT, step INTEGER, slot INTEGER, rollout INTEGER, experience_id TEXT,
-    environment TEXT, task_id TEXT, algorithm TEXT, roles TEXT, outcome TEXT, reward REAL, gain REAL,
-    turns INTEGER, tokens INTEGER, memory INTEGER, text TEXT
+    environment TEXT, task_id TEXT, algorithm TEXT, roles TEXT, rewards TEXT, outcome TEXT, reward REAL,
+    gain REAL, turns INTEGER, tokens INTEGER, memory INTEGER, text TEXT
 );
-CREATE INDEX IF NOT EXISTS of_step ON experiences (run, step, slot, rollout);
+CREATE INDEX IF NOT EXISTS of_step ON experiences (run, step DESC, slot, rollout);
 CREATE INDEX IF NOT EXISTS of_reward ON experiences (run, reward);
 CREATE INDEX IF NOT EXISTS of_id ON experiences (run, experience_id);
 CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5 (text, content = 'experiences', content_rowid = 'id');
@@ -48,7 +49,8 @@ END;
 @dataclass(frozen=True, slots=True)
 class ExperienceRow:
     """An experience in short. `reward` is that of its first sample, None without one; `gain` is the reward of its last
-    episode less that, None where there is one episode alone. `outcome` is that of its first sample."""
+    episode less that, None where there is one episode alone. `outcome` is that of its first sample. `rewards` has the
+    reward of each sample that has one, such as "first 0 · second 1"."""
 
     run: str
     step: int
@@ -59,6 +61,7 @@ class ExperienceRow:
     task_id: str
     algorithm: str
     roles: str
+    rewards: str
     outcome: str
     reward: float | None
     gain: float | None
@@ -128,17 +131,26 @@ class ExperienceIndex:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._writing = threading.Lock()
-        try:
+        self._writer = self._open()
+        if not self._is_ours():
+            self._writer.close()
+            for end in ("", "-wal", "-shm"):
+                Path(f"{path}{end}").unlink(missing_ok=True)
             self._writer = self._open()
-            self._writer.executescript(_SCHEMA)
-        except sqlite3.DatabaseError:  # not one of ours, or of another version
-            path.unlink(missing_ok=True)
-            self._writer = self._open()
-            self._writer.executescript(_SCHEMA)
+        self._writer.executescript(f"{_SCHEMA}\nPRAGMA user_version = {_VERSION};")
         self._local = threading.local()
 
     def close(self) -> None:
         self._writer.close()
+
+    def _is_ours(self) -> bool:
+        """Whether the file is empty, or an index of this version."""
+        try:
+            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+            (tables,) = self._writer.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.DatabaseError:
+            return False
+        return bool(version == _VERSION or tables == 0)
 
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10.0)
@@ -187,6 +199,20 @@ class ExperienceIndex:
         rows = [ExperienceRow(*row) for row in self._reader.execute(query, (*values, limit, after))]
         (count,) = self._reader.execute(f"SELECT count(*) FROM experiences WHERE {where}", values).fetchone()
         return FoundExperiences(rows, count)
+
+    def place(self, wanted: ExperienceFilter, experience_id: str) -> int | None:
+        """How many come before this one in the order of `find`, the newest first; None where it is not among them."""
+        where, values = _where(wanted)
+        mine = f"SELECT step, slot, rollout FROM experiences WHERE {where} AND experience_id = ?"
+        found = self._reader.execute(mine, (*values, experience_id)).fetchone()
+        if found is None:
+            return None
+        step, slot, rollout = found
+        before = f"SELECT count(*) FROM experiences WHERE {where} AND"
+        (later,) = self._reader.execute(f"{before} step > ?", (*values, step)).fetchone()
+        within = f"{before} step = ? AND (slot, rollout) < (?, ?)"
+        (beside,) = self._reader.execute(within, (*values, step, slot, rollout)).fetchone()
+        return int(later + beside)
 
     def neighbours(self, wanted: ExperienceFilter, experience_id: str) -> tuple[str | None, str | None]:
         """The ids of the experiences before and after this one, in the order of `find`; None at an end."""
@@ -263,6 +289,7 @@ def row_of(run: str, one: Experience) -> ExperienceRow:
     if first is not last and first is not None and last is not None and None not in (first.reward, last.reward):
         gain = (last.reward or 0.0) - (first.reward or 0.0)
     roles = f" {' '.join(dict.fromkeys(sample.role for sample in one.samples))} "
+    rewards = " · ".join(f"{sample.role} {sample.reward:.3g}" for sample in one.samples if sample.reward is not None)
     tokens = sum(sequence.sampled_count for sample in one.samples for sequence in sample.sequences)
     outcome = str(one.samples[0].outcome) if one.samples else ""
     return ExperienceRow(
@@ -275,6 +302,7 @@ def row_of(run: str, one: Experience) -> ExperienceRow:
         one.task_id,
         one.algorithm,
         roles,
+        rewards,
         outcome,
         reward,
         gain,

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mulligan.cli.out import safe
+from mulligan.console.reading import number, signed
 
 STATIC = Path(__file__).parent / "static"
 
@@ -25,14 +26,6 @@ def templates() -> Environment:
     found.filters |= {"safe_text": safe, "number": number, "signed": signed}
     found.globals |= {"query": query}
     return found
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
-
-
-def signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.3g}"
 
 
 def query(given: Mapping[str, Any], **changes: Any) -> str:

@@ -20,7 +20,7 @@ SECONDS = 1.0  # between two looks
 
 
 class Watcher:
-    """`indexing` counts the steps whose experiences are still to be read."""
+    """`indexing` counts the steps whose experiences are still to be read, `added` those that were read."""
 
     def __init__(self, library: Library, index: ExperienceIndex) -> None:
         self._library = library
@@ -29,6 +29,7 @@ class Watcher:
         self._changed = asyncio.Event()
         self._read: dict[Path, tuple[int, int]] = {}  # size and time of change of each step's file
         self.indexing = 0
+        self.added = 0
 
     @property
     def root(self) -> Path:
@@ -76,7 +77,7 @@ class Watcher:
             self.indexing = len(places)
             for run, step, file, state in places:
                 try:
-                    await asyncio.to_thread(self._index.add_step, run.key, step, file)
+                    self.added += await asyncio.to_thread(self._index.add_step, run.key, step, file)
                     self._read[file] = state
                 except OSError as error:
                     log.warning("experiences cannot be read", run=run.key, step=step, cause=str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,9 @@ def test_pages_and_neighbours(index: ExperienceIndex, tmp_path: Path) -> None:
     assert index.neighbours(failed, "run-s1-t0-r1") == ("run-s2-t1-r1", "run-s1-t1-r1")
     assert index.neighbours(failed, "run-s2-t0-r1") == (None, "run-s2-t1-r1")
     assert index.neighbours(failed, "nobody") == (None, None)
+    assert [index.place(ExperienceFilter("run"), one) for one in every] == list(range(12))
+    assert index.place(failed, "run-s1-t0-r1") == 2
+    assert index.place(failed, "run-s1-t0-r0") is None, "it has succeeded"
     for before, one, after in zip([None, *every], every, [*every[1:], None], strict=False):
         assert index.neighbours(ExperienceFilter("run"), one) == (before, after)
 
@@ -93,3 +97,16 @@ def test_a_file_that_is_no_index_is_replaced(tmp_path: Path) -> None:
     again = ExperienceIndex(path)
     assert read(again, tmp_path, "run", 1) == [False]
     again.close()
+
+
+def test_an_index_of_another_version_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "index.sqlite"
+    with sqlite3.connect(path) as old:
+        old.execute("CREATE TABLE experiences (id INTEGER PRIMARY KEY, run TEXT)")
+        old.execute("CREATE TABLE files (run TEXT, step INTEGER)")
+    write_run(tmp_path, "run", steps=1)
+    found = ExperienceIndex(path)
+    assert read(found, tmp_path, "run", 1) == [True]
+    rows = found.find(ExperienceFilter("run")).rows
+    assert [row.rewards for row in rows[:2]] == ["first 1", "first 0 · reflection 1 · second 1"]
+    found.close()
