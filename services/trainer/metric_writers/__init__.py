@@ -5,9 +5,9 @@ A module exports
     check() -> None                     # raises MissingExtra where its packages are not installed; imports nothing heavy
     open(run: TrackedRun) -> MetricWriter
 
-`tracking.writers` of a run has names of modules here, of entry points of the group `mulligan.metric_writers`, or of any
-importable modules. All calls of a writer come from one thread of its own, so it may wait for a network, and it may raise
-anything: the run does not wait for it.
+`tracking.writers` of a run has names of modules here, of entry points of the group `mulligan.metric_writers`, or of
+any importable modules. All calls of a writer come from one thread of its own. So it may wait for a network, and it may
+raise anything: the run does not wait for it.
 
 A run names neither addresses nor folders. The address and the credentials of a tracking server are those of the
 trainer's own environment variables, as the writer's library reads them. Files lie in `TrackedRun.folder`.

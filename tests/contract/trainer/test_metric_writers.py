@@ -120,7 +120,9 @@ async def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = MlflowClient(f"sqlite:///{tmp_path}/tracking/mlflow/mlflow.sqlite")
     (run,) = client.search_runs([client.get_experiment_by_name("games").experiment_id])
     names = {name for name, _ in WRITTEN}
-    found = [((name, one.step), one.value) for name in names for one in client.get_metric_history(run.info.run_id, name)]
+    found = [
+        ((name, one.step), one.value) for name in names for one in client.get_metric_history(run.info.run_id, name)
+    ]
     assert sorted(found) == sorted(WRITTEN.items())
     assert run.info.run_name == "run-1" and run.info.status == "FINISHED"
     assert run.data.params == {"steps": "3", "rollout.temperature": "0.5"}
