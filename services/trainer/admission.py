@@ -27,8 +27,8 @@ class RunAdmission:
 
     def check(self, context: Any, run_id: str, settings: RunSettings) -> None:
         """Raises DomainError INVALID_SETTING for a model in another place or a metric writer that is not there, and
-        RUN_CREDENTIAL for a scope of the memory that is neither the run's own nor one that runs share: the trainer would
-        write to it."""
+        RUN_CREDENTIAL for a scope of the memory that is neither the run's own nor one that runs share: the trainer
+        would write to it."""
         check_writers(settings.tracking.writers)
         source = settings.model.source
         checked = self.checks_models and settings.trains

@@ -16,7 +16,9 @@ def test_a_stopped_and_resumed_run_has_each_metric_of_each_step_once(tmp_path: P
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    services = ServiceProcesses(tmp_path / "logs")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    services = ServiceProcesses(logs)
     try:
         loop = Loop.start(services, tmp_path)
         expected = asyncio.run(stopped_and_resumed(loop))

@@ -2,8 +2,8 @@
 
 A module exports
 
-    check() -> None                     # raises MissingExtra where its packages are not installed; imports nothing heavy
-    open(run: TrackedRun) -> MetricWriter
+    check() -> None                       # raises MissingExtra where its packages are not installed
+    open(run: TrackedRun) -> MetricWriter  # imports what is heavy
 
 `tracking.writers` of a run has names of modules here, of entry points of the group `mulligan.metric_writers`, or of
 any importable modules. All calls of a writer come from one thread of its own. So it may wait for a network, and it may

@@ -129,6 +129,7 @@ async def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # trackio reads it when it is imported
     pytest.importorskip("trackio", reason="needs the extra trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
