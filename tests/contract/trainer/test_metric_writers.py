@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mulligan.trainer.events import EvaluationEvent, EventLog, StepEvent
+from mulligan.trainer.events import EvaluationEvent, Event, EventLog, StepEvent
 from mulligan.trainer.settings import TrackingSettings
 from mulligan.trainer.tracking import Tracking
 
@@ -38,7 +39,8 @@ async def track(folder: Path, writer: str) -> None:
     """A run that is stopped after two steps and then resumed."""
     notices: list[str] = []
     tracking = TrackingSettings(writers=(writer,), project="games")
-    for events in ([FIRST, OTHER, *STEPS[:2]], STEPS[2:]):
+    parts: list[list[Event]] = [[FIRST, OTHER, *STEPS[:2]], [*STEPS[2:]]]
+    for events in parts:
         log = EventLog(folder / "events.jsonl")
         async with Tracking("run-1", folder, tracking, SETTINGS, log, notices.append):
             for event in events:
@@ -90,7 +92,7 @@ async def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wandb_records(path: Path) -> list[Any]:
     """The records of a file of wandb: LevelDB's log format, after a header of seven bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    Record: Any = getattr(importlib.import_module("wandb.proto.wandb_internal_pb2"), "Record")  # noqa: B009 - untyped
 
     data = path.read_bytes()
     found = []
@@ -117,7 +119,7 @@ async def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     await track(tmp_path, "mlflow")
-    client = MlflowClient(f"sqlite:///{tmp_path}/tracking/mlflow/mlflow.sqlite")
+    client: Any = MlflowClient(f"sqlite:///{tmp_path}/tracking/mlflow/mlflow.sqlite")
     (run,) = client.search_runs([client.get_experiment_by_name("games").experiment_id])
     names = {name for name, _ in WRITTEN}
     found = [

@@ -21,7 +21,7 @@ from mulligan.trainer.events import EventLog, StepEvent
 from mulligan.trainer.metric_writers import METRIC_WRITERS, TrackedRun, check_writers, require
 from mulligan.trainer.settings import RunSettings, TrackingSettings
 from mulligan.trainer.tracking import Tracking, without_secrets
-from mulligan.trainer.v1.run_config_pb2 import RunConfig
+from mulligan.trainer.v1.run_config_pb2 import RunConfig, TrackingConfig
 from mulligan.trainer.wire import settings_from_proto, settings_to_proto
 
 NAME = "made_metric_writer"
@@ -161,12 +161,12 @@ def test_what_is_installed_is_not_missing() -> None:
 @pytest.mark.parametrize("project", ["", "a/b", "../up", "https://example.com", "a\n", "x" * 65])
 def test_a_project_is_a_name(project: str) -> None:
     with pytest.raises(DomainError, match=r"tracking\.project: "):
-        settings_from_proto(RunConfig(environment="e", tracking={"project": project}))
+        settings_from_proto(RunConfig(environment="e", tracking=TrackingConfig(project=project)))
 
 
 def test_a_writer_stands_there_once() -> None:
     with pytest.raises(DomainError, match=r"tracking\.writers\[1\]: 'wandb' is there twice"):
-        settings_from_proto(RunConfig(environment="e", tracking={"writers": ["wandb", "wandb"]}))
+        settings_from_proto(RunConfig(environment="e", tracking=TrackingConfig(writers=["wandb", "wandb"])))
 
 
 def test_settings_travel() -> None:
