@@ -11,6 +11,8 @@ from .events import NoticeEvent as NoticeEvent
 from .events import StepEvent as StepEvent
 from .folder import RunState as RunState
 from .member import Member as Member
+from .metric_writers import MetricWriter as MetricWriter
+from .metric_writers import TrackedRun as TrackedRun
 from .samplers import Choice as Choice
 from .samplers import History as History
 from .samplers import SamplerSettings as SamplerSettings

@@ -9,6 +9,7 @@ from typing import Any
 from mulligan import models
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.run_credentials import RunGrant, RunGuard, RunKeys
+from mulligan.trainer.metric_writers import check_writers
 from mulligan.trainer.recall import GLOBAL_SCOPE, scope_of
 from mulligan.trainer.settings import RunSettings
 
@@ -25,8 +26,10 @@ class RunAdmission:
     models_folder: Path | None = None
 
     def check(self, context: Any, run_id: str, settings: RunSettings) -> None:
-        """Raises DomainError INVALID_SETTING for a model in another place, and RUN_CREDENTIAL for a scope of the memory
-        that is neither the run's own nor one that runs share: the trainer would write to it."""
+        """Raises DomainError INVALID_SETTING for a model in another place or a metric writer that is not there, and
+        RUN_CREDENTIAL for a scope of the memory that is neither the run's own nor one that runs share: the trainer
+        would write to it."""
+        check_writers(settings.tracking.writers)
         source = settings.model.source
         checked = self.checks_models and settings.trains
         if checked and (problem := models.problem_of_place(source, self.models_folder)):

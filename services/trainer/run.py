@@ -44,6 +44,7 @@ from mulligan.trainer.run_environment import RunEnvironments, RunTasks
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy, ServedPolicy
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
+from mulligan.trainer.tracking import Tracking
 from mulligan.trainer.trainable import drop_notices, prompt_notices
 
 log = structlog.get_logger()
@@ -160,6 +161,9 @@ class Run:
             if text.partition(":")[0] not in told:
                 self.notice(text)
 
+    def _tell_once(self, text: str) -> None:
+        self._notice_once([text])
+
     @property
     def train_seconds(self) -> float:
         return sum(event.metrics.get("seconds", 0.0) for event in self.events.steps().values())
@@ -169,7 +173,14 @@ class Run:
         return not self._finished
 
     async def train(self) -> None:
-        """Trains from the last checkpoint on. Creates a lost learner again, and waits while a disk is full."""
+        """Trains from the last checkpoint on, and writes metrics where `tracking` says."""
+        settings = self.settings
+        plain = settings.model_dump(mode="json")
+        async with Tracking(self.run_id, self.folder.path, settings.tracking, plain, self.events, self._tell_once):
+            await self._train_through_losses()
+
+    async def _train_through_losses(self) -> None:
+        """Creates a lost learner again, and waits while a disk is full."""
         lost = 0
         while True:
             begun_at = self.step

@@ -32,6 +32,7 @@ __all__ = [
     "PoliciesSettings",
     "RolloutSettings",
     "RunSettings",
+    "TrackingSettings",
     "TrainedModelSettings",
 ]
 
@@ -205,6 +206,20 @@ class PoliciesSettings(_Settings):
         return self
 
 
+class TrackingSettings(_Settings):
+    """Which metric writers are there is asked when a run starts: a run can be read where they are not installed."""
+
+    writers: tuple[str, ...] = ()
+    project: str = Field("mulligan", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+    @model_validator(mode="after")
+    def _writers_are_told_apart(self) -> Self:
+        for index, name in enumerate(self.writers):
+            if name in self.writers[:index]:
+                raise located({(f"writers[{index}]",): f"{name!r} is there twice; expected each writer once"})
+        return self
+
+
 # The tables whose `name` chooses a plug-in, and what all plug-ins of the kind have.
 COMMON_SETTINGS: dict[str, type[PluginSettings]] = {
     "algorithm": AlgorithmSettings,
@@ -235,6 +250,7 @@ class RunSettings(_Settings):
     keep_checkpoints: int = Field(2, ge=1)
     policies: PoliciesSettings = PoliciesSettings()
     learner: LearnerKind = LearnerKind.SERVICE
+    tracking: TrackingSettings = TrackingSettings()
 
     @property
     def environments(self) -> dict[str, str]:

@@ -46,6 +46,7 @@ ALGORITHM = (
 )
 TRANSPORT = (*CLIENTS, "servicer", "wire", "channel", "server", "status", "validation")
 PLUGINS = (
+    "services/trainer/metric_writers",
     "services/policy/backends",
     "services/env/envs",
     "services/env/encoders",

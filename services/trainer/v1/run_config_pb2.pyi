@@ -237,6 +237,7 @@ class RunConfig(_message.Message):
     POLICIES_FIELD_NUMBER: _builtins.int
     SAMPLER_FIELD_NUMBER: _builtins.int
     LEARNER_FIELD_NUMBER: _builtins.int
+    TRACKING_FIELD_NUMBER: _builtins.int
     environment: _builtins.str
     """Name of an environment at the environment service. Required. The sampler may name further ones."""
     steps: _builtins.int
@@ -270,6 +271,8 @@ class RunConfig(_message.Message):
     def policies(self) -> Global___PoliciesConfig: ...
     @_builtins.property
     def sampler(self) -> Global___SamplerConfig: ...
+    @_builtins.property
+    def tracking(self) -> Global___TrackingConfig: ...
     def __init__(
         self,
         *,
@@ -288,10 +291,11 @@ class RunConfig(_message.Message):
         policies: Global___PoliciesConfig | None = ...,
         sampler: Global___SamplerConfig | None = ...,
         learner: Global___LearnerKind.ValueType = ...,
+        tracking: Global___TrackingConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "sampler", b"sampler", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "tracking", b"tracking"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "environment", b"environment", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "learner", b"learner", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "sampler", b"sampler", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "environment", b"environment", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "learner", b"learner", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "tracking", b"tracking"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
@@ -315,6 +319,40 @@ class RunConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
 
 Global___RunConfig: _TypeAlias = RunConfig  # noqa: Y015
+
+@_typing.final
+class TrackingConfig(_message.Message):
+    """Where else the metrics of a run are written, while it trains. They are events of the run in any case."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRITERS_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    """The project, or experiment, that the run belongs to there: 1 to 64 letters, digits, '.', '_' and '-', the first a
+    letter or digit. Default "mulligan".
+    """
+    @_builtins.property
+    def writers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"tensorboard", "wandb", "mlflow", "trackio", an installed writer, or any module that the trainer can import; each
+        once. One that is unknown or not installed is INVALID_SETTING when the run starts. None when empty.
+        """
+
+    def __init__(
+        self,
+        *,
+        writers: _abc.Iterable[_builtins.str] | None = ...,
+        project: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_project", b"_project", "project", b"project"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_project", b"_project", "project", b"project", "writers", b"writers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__project: _TypeAlias = _typing.Literal["project"]  # noqa: Y015
+    _WhichOneofArgType__project: _TypeAlias = _typing.Literal["_project", b"_project"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__project) -> _WhichOneofReturnType__project | None: ...
+
+Global___TrackingConfig: _TypeAlias = TrackingConfig  # noqa: Y015
 
 @_typing.final
 class SamplerConfig(_message.Message):

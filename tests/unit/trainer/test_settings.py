@@ -32,6 +32,7 @@ from mulligan.trainer.settings import (
     PoliciesSettings,
     RolloutSettings,
     RunSettings,
+    TrackingSettings,
     TrainedModelSettings,
 )
 from mulligan.trainer.v1 import learner_service_pb2, run_config_pb2
@@ -57,6 +58,7 @@ MESSAGES: dict[str, type[BaseModel]] = {
     "EvaluationConfig": EvaluationSettings,
     "ProtocolConfig": ProtocolSettings,
     "PoliciesConfig": PoliciesSettings,
+    "TrackingConfig": TrackingSettings,
     "SamplerConfig": uniform.Settings,
     "MemoryPartConfig": MemoryPartSettings,
 }
