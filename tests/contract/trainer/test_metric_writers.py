@@ -77,7 +77,7 @@ async def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: Found = []
     ids, configs = set(), []
     for path in sorted((tmp_path / "tracking" / "wandb").glob("wandb/offline-run-*/*.wandb")):
-        for record in wandb_records(path):
+        for record in await wandb_closed(path):
             if record.HasField("run"):
                 ids.add((record.run.project, record.run.run_id))
                 configs.append({one.key: json.loads(one.value_json) for one in record.run.config.update})
@@ -88,6 +88,14 @@ async def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(found) == sorted(WRITTEN.items())
     assert ids == {("games", "run-1")}
     assert configs[0]["steps"] == 3 and configs[0]["rollout"] == {"temperature": 0.5}
+
+
+async def wandb_closed(path: Path) -> list[Any]:
+    """The records of a file that is complete. wandb's own process may write its end after `finish` has returned."""
+    async with asyncio.timeout(30):
+        while not any(record.HasField("exit") for record in wandb_records(path)):  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+    return wandb_records(path)
 
 
 def wandb_records(path: Path) -> list[Any]:
