@@ -22,6 +22,7 @@ RECORDS = {
     "services/cli/train.py": "the name of a run",
     "services/conformance/memory/entries.py": "whether a server's clock is this one's",
     "services/conformance/memory/log.py": "whether a server's clock is this one's",
+    "services/console/report.py": "when a report was written",
     "services/memory/stores/_sql/writes.py": "when an entry was written",
     "services/policy/deployment.py": "when a version began to serve",
     "services/testing/judge/network.py": "the deadline of a call, which is passed on",
