@@ -156,12 +156,12 @@ def measured(
 ) -> Iterator[ScaleFigures]:
     """The figures of each batch, with one learner. Batches that by the estimate do not fit are not run."""
     on_gpu = arguments.device == "cuda"
-    memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else float("inf")
+    room = torch.cuda.get_device_properties(0).total_memory if on_gpu else float("inf")
     plans = {batch.name: planned(arguments, way, batch, ranks.size) for batch in batches}
     learner: Learner | None = None
     for batch in batches:
         plan = plans[batch.name]
-        if plan.estimated_gib * 2**30 > memory:
+        if plan.estimated_gib * 2**30 > room:
             yield replace(plan, note="not run: does not fit by the estimate")
             continue
         try:

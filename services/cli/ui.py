@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,7 @@ from mulligan.common.addresses import Addresses
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import ServiceUnavailable
 from mulligan.common.extras import MissingExtra
+from mulligan.console.access import Access
 
 HOST = "127.0.0.1"
 PORT = 8050
@@ -81,7 +82,7 @@ def ui(
         note(f"the runs below {folder}: {address}")
         note(f"to stop and resume runs, too: {address}/?key={key}" if local else f"with its key: {address}/?key={key}")
         files = {"ssl_certfile": tls_certificate, "ssl_keyfile": tls_key}
-        _serve(listening, folder.resolve(), endpoints, (own, key, port, not local), files)
+        _serve(listening, folder.resolve(), endpoints, Access(own, key, port, for_all=not local), files)
 
 
 def _check_extra() -> None:
@@ -97,14 +98,13 @@ def _serve(
     listening: socket.socket,
     folder: Path,
     endpoints: Mapping[str, Endpoint],
-    access: tuple[Sequence[str], str, int, bool],
+    access: Access,
     files: Mapping[str, Any],
 ) -> None:
-    """Until Ctrl-C. `access`: the fields of `Access`."""
+    """Until Ctrl-C. `files` are uvicorn's settings of TLS."""
     import uvicorn
 
     from mulligan.console.app import make_app
-    from mulligan.console.guard import Access
     from mulligan.console.index import ExperienceIndex
     from mulligan.console.library import Library
     from mulligan.console.reading import index_file
@@ -112,7 +112,7 @@ def _serve(
     from mulligan.console.watcher import Watcher
 
     index = ExperienceIndex(index_file(folder))
-    app = make_app(Watcher(Library(folder), index), index, Services(endpoints), Access(*access))
+    app = make_app(Watcher(Library(folder), index), index, Services(endpoints), access)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **files)).run([listening])
     index.close()
 

@@ -17,10 +17,11 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from mulligan.console.access import Access
 from mulligan.console.actions import Actions
 from mulligan.console.charts import Chart, first_charts, matching_charts
 from mulligan.console.chat import ChatPages
-from mulligan.console.guard import Access, Guard
+from mulligan.console.guard import Guard
 from mulligan.console.index import ExperienceIndex
 from mulligan.console.library import ShownRun
 from mulligan.console.reading import experience_of, members_of, wanted_of, whole

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from mulligan.cli.out import json_safe
 from mulligan.common.inference import CallOptions, Completion, Message, Role, SamplingParams
-from mulligan.console.services import Services
+from mulligan.console.services import ServiceAnswer, Services
 
 MOST_BYTES = 4 * 2**20  # of a conversation
 
@@ -66,20 +66,23 @@ class ChatPages:
         talk = Talk(policy=given.get("policy", ""), environment=given.get("environment", ""))
         prompts = await self._services.prompts()
         talk = msgspec.structs.replace(talk, system=(prompts.found or {}).get(talk.environment, ""))
-        return await self._shown(request, talk, error=prompts.error if talk.environment else "")
+        return await self._shown(request, talk, prompts, error=prompts.error if talk.environment else "")
 
     async def say(self, request: Request) -> Response:
         talk, text = _read(await _body(request))
         asked = talk.then(Said(Role.USER, text))
         sampling = SamplingParams(temperature=talk.temperature, max_tokens=talk.max_tokens)
         answer = await self._services.complete(asked.messages, sampling, CallOptions(policy=talk.policy))
+        prompts = await self._services.prompts()
         if answer.found is None:
-            return await self._shown(request, talk, error=answer.error, text=text)
+            return await self._shown(request, talk, prompts, error=answer.error, text=text)
         done = answer.found
-        return await self._shown(request, asked.then(Said(Role.ASSISTANT, done.text, _note(done))))
+        return await self._shown(request, asked.then(Said(Role.ASSISTANT, done.text, _note(done))), prompts)
 
-    async def _shown(self, request: Request, talk: Talk, *, error: str = "", text: str = "") -> Response:
-        policies, prompts = await self._services.policies(), await self._services.prompts()
+    async def _shown(
+        self, request: Request, talk: Talk, prompts: ServiceAnswer[dict[str, str]], *, error: str = "", text: str = ""
+    ) -> Response:
+        policies = await self._services.policies()
         return self._page(
             request,
             "chat.html",

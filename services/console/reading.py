@@ -53,10 +53,12 @@ def members_of(journal: Path, step: int, slot: int) -> list[Experience]:
 
 
 def whole(text: str | None) -> int | None:
+    """None also for what SQLite cannot hold."""
     try:
-        return int(text or "")
+        found = int(text or "")
     except ValueError:
         return None
+    return found if -(2**63) <= found < 2**63 else None
 
 
 def real(text: str | None) -> float | None:

@@ -48,7 +48,7 @@ def wanted_by(run: str, typed: str) -> ExperienceFilter:
 
 
 def _check(name: str, value: str) -> None:
-    if name in ("step", "slot") and not ((number := whole(value)) is not None and 0 <= number < 2**63):
+    if name in ("step", "slot") and not ((number := whole(value)) is not None and number >= 0):
         raise BadFilter(f"{name}={value}: expected a whole number from 0")
     if name in ("from", "to") and not ((reward := real(value)) is not None and isfinite(reward)):
         raise BadFilter(f"{name}={value}: expected a number, such as 0.5")

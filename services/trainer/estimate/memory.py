@@ -20,6 +20,7 @@ from mulligan.trainer.settings import RunSettings
 
 _FLOAT32 = 4  # bytes
 _EIGHT_BITS = 1 + _FLOAT32 / 256  # a code, and a scale for 256 of them
+_WIDE_NORMS = {"olmo2", "olmo3"}  # they multiply with their weights in float32, others after rounding
 _GATHERED_LAYERS = 2  # FSDP gathers the next layer while one computes
 
 
@@ -163,8 +164,9 @@ def saved_per_token(shape: ModelShape, training: Training, *, on_gpu: bool) -> f
     norms = 2 * (_FLOAT32 if lora else 2 * _FLOAT32)
     hidden = norms + copies * number
     mlp = 4 * number  # gate, its activation, up, and the input of down
-    normalized = 0 if not shape.query_norms else _FLOAT32 + (0 if lora else number)
-    queries = normalized + 3 * number  # rotated; the result, and a copy of it as the input of the output map
+    multiplied = _FLOAT32 if shape.architecture in _WIDE_NORMS else number  # what a trained norm keeps
+    normalized = 0 if not shape.query_norms else _FLOAT32 + (0 if lora else multiplied)
+    queries = normalized + 2 * number  # rotated; the result, which is the input of the output map
     keys = normalized + 2 * number
     if on_gpu and shape.heads != shape.key_value_heads:
         queries, keys = queries + 2 * number, normalized

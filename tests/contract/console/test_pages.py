@@ -104,6 +104,12 @@ def test_series_and_what_is_new(address: str, runs: Path) -> None:
     connection.close()
 
 
+@pytest.mark.parametrize("name", ["step", "slot", "after", "from", "to"])
+@pytest.mark.parametrize("value", ["9" * 30, "-" + "9" * 30, "nan", "1e999"])
+def test_numbers_beyond_all_bounds_are_answered(address: str, name: str, value: str) -> None:
+    page(address, f"/runs/run-1/experiences?{name}={value}")
+
+
 def test_data_is_never_markup(address: str) -> None:
     """What a model wrote is text, its control characters are shown, and pages run the console's own files alone."""
     name = "run-2-s0-t0-r1"

@@ -113,7 +113,7 @@ def test_the_estimate_is_that_of_a_real_learner(folder: Path, rank: int, dtype: 
     training = Training(rank=rank, number=2 if dtype == "bfloat16" else 4)
     found = memory(shape_of(str(folder))[0], training, tokens, checkpointing=checkpointing, on_gpu=False)
     assert kept == pytest.approx(found.kept, abs=8192), "weights, gradients and moments to the byte, but for counters"
-    assert 0.97 <= (found.total - found.kept) / added <= 1.22
+    assert 0.97 <= (found.total - found.kept) / added <= 1.2
 
 
 def test_no_copy_of_all_weights_is_made_in_another_type(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_no_copy_of_all_weights_is_made_in_another_type(tmp_path: Path) -> None:
     _, added = bytes_of_a_step(tmp_path, 4, 0, "bfloat16", checkpointing=True)
     found = memory(shape, Training(), 4, checkpointing=True, on_gpu=False)
     assert found.copies == 0 and added < 2 * shape.layers * shape.layer_matrices
-    assert 0.97 <= (found.total - found.kept) / added <= 1.22
+    assert 0.97 <= (found.total - found.kept) / added <= 1.2
 
 
 @pytest.mark.parametrize("entropy_coefficient", [0.0, 0.1])
@@ -136,7 +136,7 @@ def test_the_head_is_computed_in_pieces(
     _, added = bytes_of_a_step(tmp_path, 512, 8, "float32", checkpointing=True, loss=loss)
     training = Training(rank=8, number=4, entropy_gradient=entropy_coefficient > 0)
     found = memory(shape_of(str(tmp_path))[0], training, 512, checkpointing=True, on_gpu=False)
-    assert 0.97 <= (found.total - found.kept) / added <= 1.22
+    assert 0.97 <= (found.total - found.kept) / added <= 1.2
 
 
 def test_the_reference_of_the_kl_is_counted(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_reference_of_the_kl_is_counted(tmp_path: Path) -> None:
     found = memory(shape, training, 256, on_gpu=False)
     assert found.reference == 4 * shape.parameters
     assert kept == pytest.approx(found.kept, abs=8192)
-    assert 0.97 <= (found.total - found.kept) / added <= 1.22
+    assert 0.97 <= (found.total - found.kept) / added <= 1.2
 
 
 def test_several_gpus_share_what_is_kept_and_nothing_else() -> None:
