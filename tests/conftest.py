@@ -83,7 +83,7 @@ def nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 @pytest.fixture
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcesses]:
     """Starts services for one test: `services.start("env", max_episodes=2).address`."""
-    running = ServiceProcesses(tmp_path_factory.mktemp("services"))
+    running = ServiceProcesses(tmp_path_factory.mktemp("services"), forked=True)
     yield running
     running.end()
 
@@ -91,7 +91,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProces
 @pytest.fixture(scope="module")
 def shared_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcesses]:
     """Services that all tests of a module use; a test must not stop them."""
-    running = ServiceProcesses(tmp_path_factory.mktemp("services"))
+    running = ServiceProcesses(tmp_path_factory.mktemp("services"), forked=True)
     yield running
     running.end()
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mulligan.memory.timeline import Timeline, best_first, grown
 
+_NONE = -1e30  # less than any product
 _ERROR = 1e-4  # more than the error of a product of unit vectors in float32
 
 
@@ -42,16 +43,17 @@ class DenseIndex:
         begun = len(visible)
         query = np.asarray(embedding, np.float32)
         # `@` shares the work among threads of its own, which wait for each other: on busy cores for many milliseconds.
-        rough = np.vecdot(self._rows[:begun], query).astype(np.float64) if begun else np.zeros(0)
+        rough = np.vecdot(self._rows[:begun], query) if begun else np.zeros(0, np.float32)
+        rough[~visible] = -np.inf  # also what was returned already
+        left = int(np.count_nonzero(visible))
         exact = query.astype(np.float64)
         size = max(first, 1)
-        while visible.any():
-            own = rough[visible]
-            least = np.partition(own, len(own) - size)[len(own) - size] - 2 * _ERROR if len(own) > size else -np.inf
-            near = np.flatnonzero(visible & (rough >= least))
+        while left:
+            least = float(np.partition(rough, begun - size)[begun - size]) - 2 * _ERROR if left > size else -np.inf
+            near = np.flatnonzero(rough >= max(least, _NONE))
             scores = (self._rows[near].astype(np.float64) * exact).sum(axis=1)
-            certain = scores >= least + _ERROR if np.isfinite(least) else np.ones(len(near), np.bool_)
-            positions = self.texts.positions[near]
-            yield from best_first(scores, positions, certain, len(near))
-            visible[near[certain]] = False
+            certain = scores >= least + _ERROR
+            yield from best_first(scores, self.texts.positions[near], certain, len(near))
+            rough[near[certain]] = -np.inf
+            left -= int(np.count_nonzero(certain))
             size *= 4

@@ -31,6 +31,8 @@ class Timeline:
         self._environments: Places = np.zeros(0, np.int64)
         self._numbers: dict[str, int] = {}  # of environments
         self._places: dict[int, int] = {}  # of texts, by their id
+        self._edits = 0
+        self._last: tuple[tuple[int, str, int], Mask] | None = None  # the mask that was asked for last
 
     @property
     def bytes(self) -> int:
@@ -55,18 +57,21 @@ class Timeline:
         self._ends[place] = NEVER if ends is None else ends
         self._environments[place] = self._numbers.setdefault(environment, len(self._numbers))
         self._places[text_id] = place
+        self._edits += 1
         self.size += 1
         return place
 
     def close(self, text_id: int, version: int) -> None:
         """From this version on the text is not there any more."""
         if (place := self._places.get(text_id)) is not None:
+            self._edits += 1
             self._ends[place] = version
 
     def close_entry(self, position: int, version: int) -> None:
         """The same of all texts of an entry."""
         texts = self.positions[: self.size] == position
         ends = self._ends[: self.size]
+        self._edits += 1
         ends[texts] = np.minimum(ends[texts], version)
 
     def begun(self, version: int) -> int:
@@ -74,11 +79,13 @@ class Timeline:
         return int(np.searchsorted(self._begins[: self.size], version, side="right"))
 
     def visible(self, version: int, environment: str) -> Mask:
-        """(begun,) Which of these texts that version has."""
-        begun = self.begun(version)
-        number = self._numbers.get(environment, -1)
-        visible: Mask = (self._ends[:begun] > version) & (self._environments[:begun] == number)
-        return visible
+        """(begun,) Which of these texts that version has. Not to be written to: a run asks for the same one again."""
+        asked = (version, environment, self._edits)
+        if self._last is None or self._last[0] != asked:
+            begun = self.begun(version)
+            number = self._numbers.get(environment, -1)
+            self._last = asked, (self._ends[:begun] > version) & (self._environments[:begun] == number)
+        return self._last[1]
 
 
 def grown(array: NDArray[S], size: int) -> NDArray[S]:
@@ -95,11 +102,9 @@ def best_first(scores: Floats, positions: Places, found: Mask, first: int) -> It
     size = max(first, 1)
     while len(places):
         own = scores[places]
-        if len(places) > size:
-            least = np.partition(own, len(places) - size)[len(places) - size]
-            block, places = places[own >= least], places[own < least]
-        else:
-            block, places = places, places[:0]
+        least = np.partition(own, len(places) - size)[len(places) - size] if len(places) > size else -np.inf
+        block = places[own >= least]
         order = np.lexsort((-positions[block], -scores[block]))
         yield [int(position) for position in positions[block[order]]]
+        places = places[own < least]
         size *= 4

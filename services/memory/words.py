@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mulligan.memory.timeline import Floats, Places, Timeline, best_first, grown
+from mulligan.memory.timeline import Floats, Mask, Places, Timeline, best_first, grown
 
 _K1 = 1.2
 _B = 0.75
@@ -49,6 +49,7 @@ class WordIndex:
         self._lengths: Places = np.zeros(0, np.int64)
         self._postings: dict[str, tuple[array[int], array[int]]] = {}
         self._posting_count = 0
+        self._last: tuple[Mask, int, float] | None = None  # what was counted last
 
     @property
     def bytes(self) -> int:
@@ -72,25 +73,39 @@ class WordIndex:
         """The positions of the version's entries that share a word with the text, in blocks, the best first
         (`best_first`). Of many words the rarest decide."""
         visible = self.texts.visible(version, environment)
-        scores: Floats = np.zeros(len(visible))
-        count = int(visible.sum())
         lengths = self._lengths[: len(visible)]
-        if not lengths[visible].any():  # no entry has words
+        count, mean = self._counted(visible)
+        if not mean:  # no entry has words
             return
-        damping = _K1 * (1 - _B + _B * (lengths / lengths[visible].mean()))
         read = 0
+        parts, rarities = [], []
         for word, known in self._rarest_first(text, len(visible)):
             if read and read + known > _MAX_POSTINGS:
                 break
             # Copies: a list cannot grow while an array looks into it.
-            having, often = (np.frombuffer(part, np.intc, known).astype(np.int64) for part in self._postings[word])
+            having, often = (np.frombuffer(part, np.intc, known).copy() for part in self._postings[word])
             if count < len(visible):
                 there = visible[having]
                 having, often = having[there], often[there]
             read += len(having)
-            rarity = math.log(1 + (count - len(having) + 0.5) / (len(having) + 0.5))
-            scores[having] += rarity * often * (_K1 + 1) / (often + damping[having])
+            parts.append((having, often))
+            rarities.append(math.log(1 + (count - len(having) + 0.5) / (len(having) + 0.5)))
+        if not parts:
+            return
+        all_having, all_often = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        rarity = np.repeat(rarities, [len(having) for having, _ in parts])
+        damping = _K1 * (1 - _B + _B * (lengths[all_having] / mean))
+        added = rarity * all_often * (_K1 + 1) / (all_often + damping)
+        scores: Floats = np.bincount(all_having, added, len(visible))
         yield from best_first(scores, self.texts.positions, scores > 0, first)
+
+    def _counted(self, visible: Mask) -> tuple[int, float]:
+        """How many texts a version has, and the mean number of words in them; 0 where there are none."""
+        if self._last is None or self._last[0] is not visible:
+            count = int(visible.sum())
+            lengths = self._lengths[: len(visible)]
+            self._last = visible, count, float(lengths[visible].mean()) if count else 0.0
+        return self._last[1:]
 
     def _rarest_first(self, text: str, begun: int) -> list[tuple[str, int]]:
         """The known words of the text, each with the number of texts that have it, among the first `begun`."""

@@ -25,7 +25,7 @@ INSTRUCTION = "A\tB\tD\nD\tC\tD\nD\tD\tD\nRight\nD\t√\tD\nD\tC\tD\nD\tD\tD\nre
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    services = ServiceProcesses(tmp_path_factory.mktemp("logs"))
+    services = ServiceProcesses(tmp_path_factory.mktemp("logs"), forked=True)
     try:
         yield Loop.start(services, tmp_path_factory.mktemp("loop"))
     finally:

@@ -23,7 +23,7 @@ SMALL = ("steps=3", "evaluation.every=0", "evaluation.tasks=40", "evaluation.sam
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    services = ServiceProcesses(tmp_path_factory.mktemp("logs"))
+    services = ServiceProcesses(tmp_path_factory.mktemp("logs"), forked=True)
     try:
         yield Loop.start(services, tmp_path_factory.mktemp("loop"))
     finally:

@@ -18,7 +18,7 @@ def test_a_stopped_and_resumed_run_has_each_metric_of_each_step_once(tmp_path: P
 
     logs = tmp_path / "logs"
     logs.mkdir()
-    services = ServiceProcesses(logs)
+    services = ServiceProcesses(logs, forked=True)
     try:
         loop = Loop.start(services, tmp_path)
         expected = asyncio.run(stopped_and_resumed(loop))
