@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mulligan.memory.timeline import Timeline, best_first, grown
+from mulligan.memory.timeline import Timeline, best_first, grown, nth_greatest
 
 _NONE = -1e30  # less than any product
 _ERROR = 1e-4  # more than the error of a product of unit vectors in float32
@@ -49,7 +49,7 @@ class DenseIndex:
         exact = query.astype(np.float64)
         size = max(first, 1)
         while left:
-            least = float(np.partition(rough, begun - size)[begun - size]) - 2 * _ERROR if left > size else -np.inf
+            least = nth_greatest(rough, size) - 2 * _ERROR if left > size else -np.inf
             near = np.flatnonzero(rough >= max(least, _NONE))
             scores = (self._rows[near].astype(np.float64) * exact).sum(axis=1)
             certain = scores >= least + _ERROR

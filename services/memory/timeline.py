@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 _TEXT_BYTES = 128  # of a text, besides the arrays
 _NAME_BYTES = 400  # of an environment
 _EMPTY_BYTES = 4096
+_MASKS = 4  # that are kept: runs ask for the version that they began with
+_SAMPLE = 4096
 NEVER = np.iinfo(np.int64).max
 Floats = NDArray[np.float64]
 Places = NDArray[np.int64]
@@ -32,7 +35,7 @@ class Timeline:
         self._numbers: dict[str, int] = {}  # of environments
         self._places: dict[int, int] = {}  # of texts, by their id
         self._edits = 0
-        self._last: tuple[tuple[int, str, int], Mask] | None = None  # the mask that was asked for last
+        self._masks: OrderedDict[tuple[int, str, int], Mask] = OrderedDict()  # those that were asked for last
 
     @property
     def bytes(self) -> int:
@@ -42,6 +45,7 @@ class Timeline:
             sum(array.nbytes for array in arrays)
             + self.size * _TEXT_BYTES
             + len(self._numbers) * _NAME_BYTES
+            + sum(mask.nbytes for mask in self._masks.values())
             + _EMPTY_BYTES
         )
 
@@ -81,11 +85,14 @@ class Timeline:
     def visible(self, version: int, environment: str) -> Mask:
         """(begun,) Which of these texts that version has. Not to be written to: a run asks for the same one again."""
         asked = (version, environment, self._edits)
-        if self._last is None or self._last[0] != asked:
+        if asked not in self._masks:
             begun = self.begun(version)
             number = self._numbers.get(environment, -1)
-            self._last = asked, (self._ends[:begun] > version) & (self._environments[:begun] == number)
-        return self._last[1]
+            self._masks[asked] = (self._ends[:begun] > version) & (self._environments[:begun] == number)
+            if len(self._masks) > _MASKS:
+                self._masks.popitem(last=False)
+        self._masks.move_to_end(asked)
+        return self._masks[asked]
 
 
 def grown(array: NDArray[S], size: int) -> NDArray[S]:
@@ -102,9 +109,17 @@ def best_first(scores: Floats, positions: Places, found: Mask, first: int) -> It
     size = max(first, 1)
     while len(places):
         own = scores[places]
-        least = np.partition(own, len(places) - size)[len(places) - size] if len(places) > size else -np.inf
+        least = nth_greatest(own, size) if len(places) > size else -np.inf
         block = places[own >= least]
         order = np.lexsort((-positions[block], -scores[block]))
         yield [int(position) for position in positions[block[order]]]
         places = places[own < least]
         size *= 4
+
+
+def nth_greatest(values: NDArray[np.floating[Any]], n: int) -> float:
+    """With n = 1 the greatest of the values. Of many, a sample first shows which ones are too small."""
+    if len(values) > 4 * _SAMPLE and n <= _SAMPLE // 4:
+        sample = values[:: len(values) // _SAMPLE]
+        values = values[values >= nth_greatest(sample, n)]
+    return float(np.partition(values, len(values) - n)[len(values) - n])

@@ -15,12 +15,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mulligan.memory.timeline import Floats, Mask, Places, Timeline, best_first, grown
 
 _K1 = 1.2
 _B = 0.75
-_MAX_POSTINGS = 200_000  # that a search reads, if it can: the rarest words first
+_MAX_POSTINGS = 100_000  # that a search reads, if it can: the rarest words first
 _LONGEST_WORD = 64  # characters; what is longer is cut
 _MOST_WORDS = 16_384  # of a text that count, the first ones
 _WORD_BYTES = 400  # of a word in an index, and of a text that has it
@@ -49,13 +50,13 @@ class WordIndex:
         self._lengths: Places = np.zeros(0, np.int64)
         self._postings: dict[str, tuple[array[int], array[int]]] = {}
         self._posting_count = 0
-        self._last: tuple[Mask, int, float] | None = None  # what was counted last
+        self._dampings: list[tuple[Mask, int, Floats | None]] = []  # of the last two versions that were asked for
 
     @property
     def bytes(self) -> int:
         """About the memory that it takes."""
         postings = len(self._postings) * _WORD_BYTES + self._posting_count * _POSTING_BYTES
-        return self.texts.bytes + self._lengths.nbytes + postings
+        return self.texts.bytes + 3 * self._lengths.nbytes + postings
 
     def add(self, text_id: int, position: int, environment: str, begins: int, ends: int | None, text: str) -> None:
         place = self.texts.add(text_id, position, environment, begins, ends)
@@ -73,12 +74,12 @@ class WordIndex:
         """The positions of the version's entries that share a word with the text, in blocks, the best first
         (`best_first`). Of many words the rarest decide."""
         visible = self.texts.visible(version, environment)
-        lengths = self._lengths[: len(visible)]
-        count, mean = self._counted(visible)
-        if not mean:  # no entry has words
+        count, damping = self._damping(visible)
+        if damping is None:  # no entry has words
             return
         read = 0
-        parts, rarities = [], []
+        parts: list[tuple[NDArray[np.intc], NDArray[np.intc]]] = []
+        rarities: list[float] = []
         for word, known in self._rarest_first(text, len(visible)):
             if read and read + known > _MAX_POSTINGS:
                 break
@@ -94,18 +95,21 @@ class WordIndex:
             return
         all_having, all_often = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         rarity = np.repeat(rarities, [len(having) for having, _ in parts])
-        damping = _K1 * (1 - _B + _B * (lengths[all_having] / mean))
-        added = rarity * all_often * (_K1 + 1) / (all_often + damping)
-        scores: Floats = np.bincount(all_having, added, len(visible))
+        added = rarity * all_often * (_K1 + 1) / (all_often + damping[all_having])
+        scores: Floats = np.asarray(np.bincount(all_having, added, len(visible)), np.float64)
         yield from best_first(scores, self.texts.positions, scores > 0, first)
 
-    def _counted(self, visible: Mask) -> tuple[int, float]:
-        """How many texts a version has, and the mean number of words in them; 0 where there are none."""
-        if self._last is None or self._last[0] is not visible:
+    def _damping(self, visible: Mask) -> tuple[int, Floats | None]:
+        """How many texts are visible, and for each text what its length adds below the fraction of its score; None
+        where the visible ones have no words."""
+        if not (found := [one for one in self._dampings if one[0] is visible]):
             count = int(visible.sum())
             lengths = self._lengths[: len(visible)]
-            self._last = visible, count, float(lengths[visible].mean()) if count else 0.0
-        return self._last[1:]
+            total = int(lengths[visible].sum())
+            damping = _K1 * (1 - _B + _B * (lengths / lengths[visible].mean())) if total else None
+            found = [(visible, count, damping)]
+            self._dampings = [*self._dampings[-1:], *found]
+        return found[0][1:]
 
     def _rarest_first(self, text: str, begun: int) -> list[tuple[str, int]]:
         """The known words of the text, each with the number of texts that have it, among the first `begun`."""

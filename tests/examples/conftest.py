@@ -18,7 +18,7 @@ from tests.support.examples import Program, go, typescript
 @pytest.fixture(scope="session")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     folder = tmp_path_factory.mktemp("examples")
-    services = ServiceProcesses(folder)
+    services = ServiceProcesses(folder, forked=True)
     tokens = LocalTokens(folder)
     tokens.make()
     settings: dict[str, Any] = dict(tokens.settings())

@@ -34,6 +34,7 @@ from tests.support.tiny_model import write_tiny_model
 from tests.support.waiting import until
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2 * START_SECONDS + 120)
 async def test_a_server_that_is_killed_under_load_is_not_noticed(tmp_path: Path) -> None:
     """No caller sees an error or an answer of a stale version; the server comes back with the present weights only,
