@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.support.tiny_model import write_tiny_model
 
 LARGE_VOCABULARY = 151_936  # of Qwen3
-TOKENS = 800
+TOKENS = 1500
 WHOLE_LOGITS = TOKENS * LARGE_VOCABULARY * 4
 # Prints by how many bytes a step raises the largest memory that the process had so far.
 STEP = """
