@@ -308,7 +308,7 @@ async def over_grpc(folder: Path, database: Path, entries: Entries, count: int) 
     client = None
     try:
         server = services.start("memory", database=database, log_level="warning", **own)
-        client = MemoryClient(Endpoint(server.address))
+        client = MemoryClient(Endpoint(server.address), timeout=600.0)  # the first search reads all texts
         version = await client.snapshot(ASKED)
         return await ask({", gRPC": client.query}, entries, {"": version}, count, {})
     finally:
