@@ -35,6 +35,10 @@ class DenseIndex:
             self._rows = grown(self._rows, place)
         self._rows[place] = embedding
 
+    def erase(self, position: int, version: int) -> None:
+        """Nothing of the entry is left, and from this version on it is not there."""
+        self._rows[self.texts.close_entry(position, version)] = 0.0
+
     def nearest(self, version: int, environment: str, embedding: Sequence[float], first: int) -> Iterator[list[int]]:
         """The positions of all entries of the version, in blocks, the greatest cosine first (`best_first`). Products in
         float32 choose the candidates. Their order is that of products in float64, each computed by itself, so it does

@@ -23,11 +23,12 @@ S = TypeVar("S", bound=np.generic)
 
 class Timeline:
     """Texts in the order of the versions that began with them. A text's place is its number here, from 0. `version` is
-    the version of the scope up to which texts were added and closed."""
+    the version of the scope up to which texts were added, `closed` the one up to which they were closed."""
 
     def __init__(self) -> None:
         self.size = 0
         self.version = 0
+        self.closed = 0
         self.positions: Places = np.zeros(0, np.int64)  # of the entries
         self._begins: Places = np.zeros(0, np.int64)
         self._ends: Places = np.zeros(0, np.int64)
@@ -71,12 +72,12 @@ class Timeline:
             self._edits += 1
             self._ends[place] = version
 
-    def close_entry(self, position: int, version: int) -> None:
-        """The same of all texts of an entry."""
-        texts = self.positions[: self.size] == position
-        ends = self._ends[: self.size]
+    def close_entry(self, position: int, version: int) -> Places:
+        """The same of all texts of an entry. Returns their places."""
+        places = np.flatnonzero(self.positions[: self.size] == position)
         self._edits += 1
-        ends[texts] = np.minimum(ends[texts], version)
+        self._ends[places] = np.minimum(self._ends[places], version)
+        return places
 
     def begun(self, version: int) -> int:
         """How many texts had begun at this version: those at the first places."""

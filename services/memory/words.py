@@ -11,6 +11,7 @@ import math
 import re
 import unicodedata
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 
@@ -69,6 +70,18 @@ class WordIndex:
             places, often = self._postings.setdefault(word, (array("i"), array("i")))
             places.append(place)
             often.append(count)
+
+    def erase(self, position: int, version: int) -> None:
+        """Nothing of the entry is left, and from this version on it is not there."""
+        for place in self.texts.close_entry(position, version).tolist():
+            self._lengths[place] = 0
+            for word, (places, often) in list(self._postings.items()):
+                at = bisect_left(places, place)
+                if at < len(places) and places[at] == place:
+                    del places[at], often[at]
+                    self._posting_count -= 1
+                    if not places:
+                        del self._postings[word]
 
     def best(self, version: int, environment: str, text: str, first: int) -> Iterator[list[int]]:
         """The positions of the version's entries that share a word with the text, in blocks, the best first

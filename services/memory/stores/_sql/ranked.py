@@ -7,13 +7,11 @@ since the last one, so it serves also where other processes write to the same da
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
 
 import sqlalchemy as sa
-import structlog
 
 from mulligan.memory.dense import DenseIndex
 from mulligan.memory.store import Found, Selection
@@ -22,10 +20,13 @@ from mulligan.memory.stores._sql.queries import Row
 from mulligan.memory.stores._sql.tables import reflections, texts
 from mulligan.memory.words import WordIndex
 
-_log = structlog.get_logger()
-_LOGGED_AFTER = 2.0  # seconds
-_BATCH = 2_000  # rows
+BATCH = 2_000  # texts
 _MAX_BYTES = 2**31  # of all indexes; those that were used least recently are dropped, but for the one in use
+
+
+class Kind(StrEnum):
+    WORDS = "words"
+    MEANING = "meaning"
 
 
 class Indexes:
@@ -33,22 +34,36 @@ class Indexes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int], WordIndex | DenseIndex] = OrderedDict()
+        self._kept: OrderedDict[tuple[Kind, int], WordIndex | DenseIndex] = OrderedDict()
 
     def forget(self) -> None:
         """After a transaction that failed an index may have what was never written."""
         with self._lock:
             self._kept.clear()
 
+    def read(self, db: sa.Connection, selection: Selection, kind: Kind, embedder: str = "") -> bool:
+        """Reads some of the texts that a search needs and that were written since the last one. Returns whether these
+        are all: other calls can take their turn in between."""
+        scope, _ = queries.at_version(db, selection)
+        with self._lock:
+            return scope is None or _catch_up(db, self._index(kind, scope.id), scope, embedder, BATCH)
+
+    def read_erasures(self, db: sa.Connection, scope_name: str) -> None:
+        """What an index has of erased entries is gone."""
+        scope, _ = queries.at_version(db, Selection(scope_name, ""))
+        with self._lock:
+            for (_, scope_id), index in self._kept.items():
+                if scope is not None and scope_id == scope.id:
+                    _close(db, index, scope)
+
     def find_words(self, db: sa.Connection, selection: Selection, text: str, limit: int) -> Found:
         scope, version = queries.at_version(db, selection)
         if scope is None:
             return Found((), version)
         with self._lock:
-            index = self._kept.setdefault(("words", scope.id), WordIndex())
+            index = self._index(Kind.WORDS, scope.id)
             assert isinstance(index, WordIndex)
-            _catch_up(db, index, scope, texts.c.text)
-            self._used("words", scope.id)
+            _catch_up(db, index, scope, "", None)
             blocks = index.best(version, selection.environment, text, 2 * limit)
             return _selected(db, selection, scope, version, blocks, limit)
 
@@ -59,17 +74,21 @@ class Indexes:
         if scope is None:
             return Found((), version)
         with self._lock:
-            index = self._kept.setdefault(("dense", scope.id), DenseIndex())
+            index = self._index(Kind.MEANING, scope.id)
             assert isinstance(index, DenseIndex)
-            _catch_up(db, index, scope, texts.c.embedding, texts.c.embedder == embedder)
-            self._used("dense", scope.id)
+            _catch_up(db, index, scope, embedder, None)
             blocks = index.nearest(version, selection.environment, embedding, 2 * limit)
             return _selected(db, selection, scope, version, blocks, limit)
 
-    def _used(self, kind: str, scope_id: int) -> None:
-        self._kept.move_to_end((kind, scope_id))
+    def _index(self, kind: Kind, scope_id: int) -> WordIndex | DenseIndex:
+        """The index, made if there is none. Those that were used least recently go where all take too much memory."""
+        key = (kind, scope_id)
+        if key not in self._kept:
+            self._kept[key] = WordIndex() if kind is Kind.WORDS else DenseIndex()
+        self._kept.move_to_end(key)
         while len(self._kept) > 1 and sum(index.bytes for index in self._kept.values()) > _MAX_BYTES:
             self._kept.popitem(last=False)
+        return self._kept[key]
 
 
 def _selected(
@@ -85,42 +104,43 @@ def _selected(
     return Found(queries.as_then(db, found[:limit]), version)
 
 
-def _catch_up(db: sa.Connection, index: WordIndex | DenseIndex, scope: Row, content: Any, *conditions: Any) -> None:
-    """Reads the texts that were added and closed since the index's version."""
-    since = index.texts.version
-    if since >= scope.version:
-        return
-    in_scope = texts.c.scope_id == scope.id
-    closed = sa.select(texts.c.id, texts.c.until_version).where(in_scope, texts.c.until_version > since)
-    if since:
+def _catch_up(db: sa.Connection, index: WordIndex | DenseIndex, scope: Row, embedder: str, limit: int | None) -> bool:
+    """Reads the texts that were added since the index's version, or about the first `limit` of them, and those that
+    were closed. Returns whether the index has them all."""
+    _close(db, index, scope)
+    since, until = index.texts.version, scope.version
+    if since >= until:
+        return True
+    conditions = [texts.c.scope_id == scope.id, texts.c.from_version > since]
+    if limit is not None:
+        versions = sa.select(texts.c.from_version).where(*conditions).order_by(texts.c.from_version)
+        until = db.execute(versions.offset(limit - 1).limit(1)).scalar() or until
+        conditions.append(texts.c.from_version <= until)
+    is_words = isinstance(index, WordIndex)
+    columns = (texts.c.id, texts.c.position, reflections.c.environment, texts.c.from_version, texts.c.until_version)
+    opened = (
+        sa.select(*columns, texts.c.text if is_words else texts.c.embedding)
+        .join(reflections, reflections.c.position == texts.c.position)
+        .where(*conditions, *([] if is_words else [texts.c.embedder == embedder]))
+        .order_by(texts.c.from_version)
+    )
+    for row in db.execute(opened.execution_options(yield_per=BATCH)):
+        index.add(*row)
+    index.texts.version = until
+    return bool(until >= scope.version)
+
+
+def _close(db: sa.Connection, index: WordIndex | DenseIndex, scope: Row) -> None:
+    """Closes the index's texts that were rewritten or deleted since it did so last, and removes what was erased."""
+    since = index.texts.closed
+    if index.texts.size and since < scope.version:
+        in_scope = texts.c.scope_id == scope.id
+        closed = sa.select(texts.c.id, texts.c.until_version).where(in_scope, texts.c.until_version > since)
         for text_id, version in db.execute(closed):
             index.texts.close(text_id, version)
         erased = sa.select(reflections.c.position, reflections.c.deleted_version).where(
             reflections.c.scope_id == scope.id, reflections.c.erased_version > since
         )
         for position, version in db.execute(erased):
-            index.texts.close_entry(position, version)
-    columns = (texts.c.id, texts.c.position, reflections.c.environment, texts.c.from_version, texts.c.until_version)
-    opened = (
-        sa.select(*columns, content)
-        .join(reflections, reflections.c.position == texts.c.position)
-        .where(in_scope, texts.c.from_version > since, *conditions)
-        .order_by(texts.c.from_version)
-    )
-    for row in _told(db, opened, scope):
-        index.add(*row)
-    index.texts.version = scope.version
-
-
-def _told(db: sa.Connection, opened: sa.Select[Any], scope: Row) -> Iterator[Row]:
-    """The rows. If they take long, the log says how far it is."""
-    began = told = time.monotonic()
-    read = 0
-    for rows in db.execute(opened.execution_options(yield_per=_BATCH)).partitions():
-        yield from rows
-        read += len(rows)
-        if time.monotonic() - told > _LOGGED_AFTER:
-            told = time.monotonic()
-            _log.info("reading texts for searches", scope=scope.name, texts=read, entries=scope.entries)
-    if told > began:
-        _log.info("texts for searches are read", texts=read, seconds=round(time.monotonic() - began, 1))
+            index.erase(position, version)
+    index.texts.closed = scope.version

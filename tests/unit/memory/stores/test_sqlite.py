@@ -17,9 +17,12 @@ from alembic.runtime.migration import MigrationContext
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.reflections import ReflectionStatus, UseOutcome
+from mulligan.memory.dense import DenseIndex
+from mulligan.memory.embedders import given
 from mulligan.memory.store import Added, NewReflection, Order, Rewriting, Store, StoreError, reflection_id
 from mulligan.memory.stores import sqlite
-from mulligan.memory.stores._sql import tables
+from mulligan.memory.stores._sql import ranked, tables
+from mulligan.memory.words import WordIndex
 from tests.support.paths import ROOT
 from tests.support.random_calls import random_calls
 from tests.support.stores import ORIGIN, Open, StoreChecks, new, selection, use
@@ -286,3 +289,50 @@ async def test_each_order_is_a_walk_over_its_index(tmp_path: Path, order: Order,
     await store.close()
     (plan,) = plans
     assert index in plan and "B-TREE" not in plan, plan
+
+
+async def test_a_first_search_reads_the_texts_in_parts_and_other_calls_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any number of texts, with versions that begin and end within and between the parts."""
+    monkeypatch.setattr(ranked, "BATCH", 3)
+    store = await open_in(tmp_path)
+    added = [await store.add(new(f"r{number}", f"boat number{number}")) for number in range(20)]
+    await store.revise(Rewriting(added[4].reflection_id, "again", 1, text="a boat of others"))
+    await store.erase(added[9].reflection_id)
+    await store.close()
+    store = await open_in(tmp_path)
+    turns: list[str] = []
+    real = ranked.Indexes.read
+    monkeypatch.setattr(ranked.Indexes, "read", lambda *given: (turns.append("part"), real(*given))[1])
+
+    async def other_calls() -> None:
+        while turns.count("part") < 3:
+            await store.snapshot("s")
+            turns.append("call")
+
+    found, _ = await asyncio.gather(store.find_words(selection(), "boat", 30), other_calls())
+    assert [one.text for one in found.reflections] != [] and len(found.reflections) == 19
+    assert turns.count("part") == 7 and "call" in turns[turns.index("part") : -1]
+    assert (await store.find_words(selection(), "number9", 3)).reflections == ()
+    assert [one.text for one in (await store.find_words(selection(), "others", 3)).reflections] == ["a boat of others"]
+    await store.close()
+
+
+async def test_searches_keep_nothing_of_what_was_erased(tmp_path: Path) -> None:
+    store = await open_in(tmp_path)
+    embedder = given.create(given.Settings(size=2))
+    await store.use_embedder(embedder)
+    kept = await store.add(replace(new("kept", "a word of both"), embedding=(1.0, 0.0)))
+    gone = await store.add(replace(new("gone", "a secret of both"), embedding=(0.6, 0.8)))
+    for text in ("word", "secret"):
+        assert (await store.find_words(selection(), text, 1)).reflections
+    assert len((await store.find_nearest(selection(), (1.0, 0.0), 5)).reflections) == 2
+    await store.erase(gone.reflection_id)
+    words, meaning = store._indexes._kept.values()
+    assert isinstance(words, WordIndex) and isinstance(meaning, DenseIndex)
+    assert sorted(words._postings) == ["a", "both", "of", "word"] and words._lengths[:2].tolist() == [4, 0]
+    assert meaning._rows[:2].tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    for found in (store.find_words(selection(), "both", 5), store.find_nearest(selection(), (0.6, 0.8), 5)):
+        assert [one.reflection_id for one in (await found).reflections] == [kept.reflection_id]
+    await store.close()
