@@ -18,28 +18,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mulligan.common.text import JOINERS, safe
+
 _PIPE_WIDTH = 100_000  # lines of a pipe are not folded
 _FOLDED = 8  # columns that a folded cell has at least
 _GAP = 2
 # Without a terminal: when the first line of progress comes, and the time between further ones.
 FIRST_SECONDS = 2.0
 EVERY_SECONDS = 15.0
-_JOINERS = "\u200c\u200d"  # invisible, and part of words and of emoji
 Styled = str | tuple[str, str]  # a text, or a text with a style of rich
-
-
-def safe(text: object) -> str:
-    """The text with every control character (escape, carriage return, change of direction) as Python writes it, such as
-    `\\x1b`. Line breaks and tabs stay."""
-    return "".join(
-        one if one.isprintable() or one in "\n\t" or one in _JOINERS else one.encode("unicode_escape").decode()
-        for one in str(text).encode("utf-8", "replace").decode()
-    )
 
 
 def json_safe(encoded: str) -> str:
     """The JSON with every control character as an escape of JSON, so that `safe` changes nothing in it."""
-    return "".join(one if one.isprintable() or one == "\n" or one in _JOINERS else _json_escape(one) for one in encoded)
+    return "".join(one if one.isprintable() or one == "\n" or one in JOINERS else _json_escape(one) for one in encoded)
 
 
 def _json_escape(one: str) -> str:

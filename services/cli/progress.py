@@ -15,9 +15,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 from rich.table import Column
 from rich.text import Text
 
-from mulligan.cli.out import EVERY_SECONDS, FIRST_SECONDS, Heartbeat, console, safe
+from mulligan.cli.out import EVERY_SECONDS, FIRST_SECONDS, Heartbeat, console
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.tasks import cancel
+from mulligan.common.text import safe
 from mulligan.trainer.activity import Activity
 from mulligan.trainer.client import RunInfo
 from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent

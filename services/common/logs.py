@@ -23,7 +23,7 @@ from mulligan.common.config import ServiceSettings
 from mulligan.common.metrics import REGISTRY
 from mulligan.common.rate import TokenBucket
 from mulligan.common.status import CALL_ENDED
-from mulligan.common.text import bounded
+from mulligan.common.text import bounded, one_line, safe
 
 VALUE_LIMIT = 1_000
 TRACEBACK_LIMIT = 8_000
@@ -47,6 +47,7 @@ def configure_logging(settings: ServiceSettings) -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             _cut_values,
+            *([] if settings.log_format == "json" else [_escape_values]),
             renderer,
         ],
         wrapper_class=_from_level(settings.log_level),
@@ -179,6 +180,14 @@ def _cut_values(_: object, __: str, values: MutableMapping[str, Any]) -> Mutable
     for name, value in values.items():
         if not isinstance(value, bool | int | float | None):
             values[name] = _cut(value, TRACEBACK_LIMIT if name == "exception" else VALUE_LIMIT)
+    return values
+
+
+def _escape_values(_: object, __: str, values: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """No value sends control characters to a terminal, or writes a line of its own."""
+    for name, value in values.items():
+        if not isinstance(value, bool | int | float | None):
+            values[name] = safe(value) if name == "exception" else one_line(value)
     return values
 
 

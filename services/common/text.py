@@ -1,9 +1,10 @@
-"""Shortens foreign text for logs and error messages."""
+"""Makes foreign text fit to be shown: short enough, and without control characters."""
 
 from __future__ import annotations
 
 import json
 
+JOINERS = "\u200c\u200d"  # invisible, and part of words and of emoji
 _MARK_ROOM = 64  # characters for the note in the middle, in JSON form
 
 
@@ -33,3 +34,17 @@ def _encodable(text: str) -> str:
 
 def _size(text: str) -> int:
     return len(json.dumps(text)) - 2
+
+
+def safe(text: object) -> str:
+    """The text with every control character (escape, carriage return, change of direction) as Python writes it, such as
+    `\\x1b`. Line breaks and tabs stay."""
+    return "".join(
+        one if one.isprintable() or one in "\n\t" or one in JOINERS else one.encode("unicode_escape").decode()
+        for one in str(text).encode("utf-8", "replace").decode()
+    )
+
+
+def one_line(text: object) -> str:
+    """The same on a single line: line breaks and tabs are written as Python writes them."""
+    return safe(text).replace("\n", "\\n").replace("\t", "\\t")

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mulligan.cli.out import safe
+from mulligan.common.text import safe
 from mulligan.console.reading import number, signed
 
 STATIC = Path(__file__).parent / "static"

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp
 
-from mulligan.cli.out import safe
 from mulligan.common.experience import Experience, Sample, Segment, TokenSequence, Trained, TrainingTarget
+from mulligan.common.text import safe
 from mulligan.console.tokens import Texts
 
 

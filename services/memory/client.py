@@ -84,19 +84,9 @@ class MemoryClient:
     ) -> str:
         """Stores a reflection and returns its id. A repeated request id changes nothing. With `unless_known` nothing is
         stored if an entry of the scope has this environment, kind and text: the answer is its id."""
-        labels = labels or Labels()
-        request = pb.AddReflectionRequest(
-            request_id=request_id,
-            scope=scope,
-            text=text,
-            provenance=wire.provenance_to_proto(provenance),
-            kind=wire.number(labels.kind),
-            key=labels.key,
-            tags=labels.tags,
-            source_ids=labels.source_ids,
-            embedding=embedding,
-            unless_known=unless_known,
-        )
+        request = wire.addition_to_proto(request_id, scope, text, provenance, labels or Labels())
+        request.embedding.extend(embedding)
+        request.unless_known = unless_known
         response: pb.AddReflectionResponse = await self._call(self._stub.AddReflection, request)
         return response.reflection_id
 

@@ -27,7 +27,7 @@ from mulligan.common.run_credentials import RunGuard
 from mulligan.memory import wire
 from mulligan.memory.embedder import Embedder
 from mulligan.memory.retrieval import retrieve
-from mulligan.memory.store import NewReflection, Rewriting, Store
+from mulligan.memory.store import ANSWER_BYTES, NewReflection, Rewriting, Store
 from mulligan.memory.trials import with_uses
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
@@ -172,11 +172,17 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
     async def _sources(self, reflection: StoredReflection) -> Sequence[StoredReflection]:
         """What it was made from, and what that was made from, nearest first, each once."""
         found: dict[str, StoredReflection] = {}
+        left = ANSWER_BYTES
         waiting = list(reflection.source_ids)
         for identity in waiting:  # grows meanwhile
-            if identity not in found and len(found) < _SOURCES:
-                found[identity] = await self._store.get(identity)
-                waiting += found[identity].source_ids
+            if identity in found:
+                continue
+            source = await self._store.get(identity)
+            left -= len(source.text.encode())
+            if left < 0 or len(found) == _SOURCES:
+                break
+            found[identity] = source
+            waiting += source.source_ids
         return tuple(found.values())
 
     async def ListChanges(self, request: pb.ListChangesRequest, context: Any) -> pb.ListChangesResponse:

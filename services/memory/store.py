@@ -115,6 +115,7 @@ class Order(StrEnum):
     FEWEST_USES = "fewest_uses"  # those in its evidence; each counts eight times where the entry is quarantined
 
 
+ANSWER_BYTES = 32 * 2**20  # of texts in one answer: half of the largest message
 RETRIEVED = frozenset({ReflectionStatus.CANDIDATE, ReflectionStatus.ACTIVE})
 
 
@@ -177,10 +178,12 @@ class Store(Protocol):
 
     async def list(self, scope: str, position: int, limit: int, include_deleted: bool) -> Page:
         """In the order of adding, after `position` (0: from the start). An empty scope means all scopes. Deleted and
-        erased ones only if `include_deleted`."""
+        erased ones only if `include_deleted`. A page ends at `limit` entries, or where the next one's text would not
+        fit into ANSWER_BYTES beside the others."""
 
     async def revise(self, rewriting: Rewriting) -> Revised:
-        """A new revision. If the newest one was made by a call with the same request_id, it is the answer. A text that
+        """A new revision. If the newest one was made by a call with the same request_id, it is the answer, and another
+        text, key or other tags are a REQUEST_CONFLICT. A text that
         differs, and the status CANDIDATE, start without evidence; with such a text the entry is CANDIDATE, unless it is
         or becomes RETIRED. Raises UNKNOWN_REFLECTION (also for what is deleted or erased), RAW_ENTRY (the text of an
         episode) and REVISION_CONFLICT, in this order."""

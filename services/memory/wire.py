@@ -15,6 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from mulligan.common.numbers import finite, not_negative
 from mulligan.common.reflections import (
     Explained,
+    Labels,
     MemoryChange,
     MixPart,
     Provenance,
@@ -79,6 +80,21 @@ def provenance_from_proto(origin: pb.Provenance) -> Provenance:
         reward_before=origin.reward_before,
         reward_after=origin.reward_after,
         success=origin.success,
+    )
+
+
+def addition_to_proto(
+    request_id: str, scope: str, text: str, provenance: Provenance, labels: Labels
+) -> pb.AddReflectionRequest:
+    return pb.AddReflectionRequest(
+        request_id=request_id,
+        scope=scope,
+        text=text,
+        provenance=provenance_to_proto(provenance),
+        kind=number(labels.kind),
+        key=labels.key,
+        tags=labels.tags,
+        source_ids=labels.source_ids,
     )
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 
 from mulligan.cli.ids import whole_id
-from mulligan.cli.out import safe
 from mulligan.common.channel import Endpoint
 from mulligan.common.reflections import Provenance
+from mulligan.common.text import safe
 from mulligan.memory.client import MemoryClient
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses

@@ -14,13 +14,19 @@ from numpy.typing import NDArray
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.reflections import (
+    MAX_TEXT_BYTES,
     Labels,
+    MixPart,
     Provenance,
     ReflectionKind,
+    ReflectionQuery,
     ReflectionStatus,
+    RetrievalStrategy,
     UseOutcome,
 )
+from mulligan.memory.retrieval import retrieve
 from mulligan.memory.store import (
+    ANSWER_BYTES,
     RETRIEVED,
     DrawnUse,
     Found,
@@ -151,6 +157,27 @@ class StoreChecks:
         stored = await store.get(added.reflection_id)
         assert sorted(stored.text.split()) == sorted(["begin", *(f"w{n}" for n in range(20))])
         assert stored.revision == 21 and (await store.snapshot("scope")).version == 21
+
+    async def test_an_answer_is_never_larger_than_a_message(self, store: Store) -> None:
+        """Neither a page nor what a query finds, however large the texts are and however many are asked for."""
+        large = "word " * (MAX_TEXT_BYTES // 5)
+        for number in range(35):
+            await store.add(new(f"{number}", f"{number} {large}"[:MAX_TEXT_BYTES]))
+        page = await store.list("scope", 0, 1000, False)
+        assert page.next_position is not None and len(page.reflections) == ANSWER_BYTES // MAX_TEXT_BYTES == 32
+        rest = await store.list("scope", page.next_position, 1000, False)
+        assert len(rest.reflections) == 3 and rest.next_position is None
+        query = ReflectionQuery("scope", ORIGIN.environment, RetrievalStrategy.LATEST_SUCCESS, 100)
+        assert len((await retrieve(query, store)).reflections) == 32
+
+    async def test_the_best_entries_that_fit_are_found(self, store: Store) -> None:
+        for number in range(6):
+            await store.add(new(f"{number}", f"{number} " + "long " * 100 if number % 2 else f"short {number}"))
+        latest = ReflectionQuery("scope", ORIGIN.environment, RetrievalStrategy.LATEST_SUCCESS, 2, max_tokens=20)
+        mix = replace(latest, strategy=RetrievalStrategy.MIX, mix=(MixPart(RetrievalStrategy.LATEST_SUCCESS, 2),))
+        for query in (latest, mix):
+            found = await retrieve(query, store)
+            assert [one.text for one in found.reflections] == ["short 4", "short 2"]
 
     async def test_pages_are_stable_while_others_write(self, store: Store) -> None:
         before = [(await store.add(new(f"{n}"))).reflection_id for n in range(20)]

@@ -12,6 +12,7 @@ from mulligan.cli.memory.entries import ReflectionId, Scope, asked, entry_of, go
 from mulligan.cli.out import note, table
 from mulligan.cli.out import show as show_line
 from mulligan.common.reflections import Explained, ReflectionKind, ReflectionStatus, StoredReflection
+from mulligan.common.text import one_line
 from mulligan.memory.client import MemoryClient
 
 _LIMIT = 50
@@ -71,19 +72,25 @@ def show(reflection_id: ReflectionId, address: MemoryAddress = DEFAULT_ADDRESSES
     Example: `mulligan memory show 8f14e45f`
     """
     entry = asked(address, lambda client: entry_of(client, reflection_id))
+    for line in _provenance(entry):
+        show_line(one_line(line))
+    show_line()
+    show_line(entry.text)
+
+
+def _provenance(entry: StoredReflection) -> Iterator[str]:
     origin = entry.provenance
-    show_line(f"scope       {entry.scope}, version {entry.version}, {entry.created_at:{_TIME}}")
-    show_line(f"kind        {entry.kind.value}, revision {entry.revision}")
+    yield f"scope       {entry.scope}, version {entry.version}, {entry.created_at:{_TIME}}"
+    yield f"kind        {entry.kind.value}, revision {entry.revision}"
     if entry.key or entry.tags:
-        show_line(f"key, tags   {', '.join(filter(None, (entry.key, *entry.tags)))}")
-    show_line(f"status      {entry.status.value}{f', {gone(entry)}' if gone(entry) else ''}")
+        yield f"key, tags   {', '.join(filter(None, (entry.key, *entry.tags)))}"
+    yield f"status      {entry.status.value}{f', {gone(entry)}' if gone(entry) else ''}"
     if entry.uplift is not None:
         uses = entry.uplift.uses_shown + entry.uplift.uses_left_out
-        show_line(f"uplift      {measured(entry.uplift)} of {uses:,} uses")
-    show_line(f"experience  {origin.experience_id} ({origin.environment} {origin.task_id})")
-    show_line(f"written by  policy version {origin.policy_version}{origin.run_id and f' in run {origin.run_id}'}")
-    show_line(f"reward      {origin.reward_before:g} → {origin.reward_after:g}\n")
-    show_line(entry.text)
+        yield f"uplift      {measured(entry.uplift)} of {uses:,} uses"
+    yield f"experience  {origin.experience_id} ({origin.environment} {origin.task_id})"
+    yield f"written by  policy version {origin.policy_version}{origin.run_id and f' in run {origin.run_id}'}"
+    yield f"reward      {origin.reward_before:g} → {origin.reward_after:g}"
 
 
 def why(
@@ -101,7 +108,7 @@ def why(
 
     explained = asked(address, explain)
     for line in _evidence(explained.reflection):
-        show_line(line)
+        show_line(one_line(line))
     if explained.uses:
         show_line(f"\nlatest {len(explained.uses)} uses")
         rows = []
@@ -116,7 +123,7 @@ def why(
         ]
         table(("reflection", "status", "uplift", "text"), made, whole=("reflection",))
     if explained.derived_ids:
-        show_line(f"\nmade of it  {', '.join(explained.derived_ids)}")
+        show_line(f"\nmade of it  {one_line(', '.join(explained.derived_ids))}")
 
 
 def _evidence(entry: StoredReflection) -> Iterator[str]:

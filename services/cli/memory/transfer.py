@@ -11,6 +11,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from google.protobuf.message import Message
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, MemoryAddress
 from mulligan.cli.memory.entries import Scope, asked
@@ -19,6 +20,8 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.files import move, temporary_file
 from mulligan.common.reflections import Labels, ReflectionStatus, StoredReflection
 from mulligan.common.tasks import gather_or_cancel
+from mulligan.common.validation import violations
+from mulligan.memory import wire
 from mulligan.memory.client import MemoryClient
 
 _AT_ONCE = 32  # calls
@@ -58,24 +61,26 @@ def import_file(
 ) -> None:
     """Add the reflections of a file. What is there already is left as it is, so an import can be repeated.
 
-    Evidence is not imported: it is of the attempts of other runs. What was active or quarantined is a candidate again.
+    Evidence is not imported: it is of the attempts of other runs. What was active is a candidate again, and what was
+    quarantined is retired.
 
     Example: `mulligan memory import reflections.jsonl --scope shared`
     """
-    entries = _read(file)
+    entries = _read(file, scope)
     with working(f"importing {len(entries):,} reflections"):
         counts = asked(address, lambda client: _Import(client, scope).all(entries))
     show(f"{counts['added']:,} added, {counts['known']:,} were there already")
-    without = sum(entry.status in (ReflectionStatus.ACTIVE, ReflectionStatus.QUARANTINED) for entry in entries)
-    note(f"evidence is not imported: {without:,} that were active or quarantined are candidates")
+    statuses = Counter(entry.status for entry in entries)
+    active, quarantined = statuses[ReflectionStatus.ACTIVE], statuses[ReflectionStatus.QUARANTINED]
+    note(f"evidence is not imported: {active:,} active are candidates, {quarantined:,} quarantined are retired")
     if counts["sources"]:
         note(f"{counts['sources']:,} sources were left out: they are not in the file, or were not imported")
     if counts["changed"]:
         fail(f"{counts['changed']:,} were imported before with another content, and were left as they are")
 
 
-def _read(file: Path) -> list[StoredReflection]:
-    """Ends the program for a line that is no reflection, or that has a source in a later line."""
+def _read(file: Path, scope: str) -> list[StoredReflection]:
+    """Ends the program for a line that is no reflection which a memory takes, or that has a source in a later line."""
     entries: list[StoredReflection] = []
     lines: dict[str, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
@@ -85,6 +90,8 @@ def _read(file: Path) -> list[StoredReflection]:
             entry = msgspec.json.decode(line, type=StoredReflection)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             fail(f"{file}, line {number}: {error}", 2)
+        if problems := violations(_addition(entry, scope)):
+            fail(f"{file}, line {number}: {problems[0]}", 2)
         if entry.reflection_id in lines:
             fail(f"{file}, line {number}: {entry.reflection_id!r} was in line {lines[entry.reflection_id]}", 2)
         lines[entry.reflection_id] = number
@@ -94,6 +101,12 @@ def _read(file: Path) -> list[StoredReflection]:
             if lines.get(source, 0) >= lines[entry.reflection_id]:
                 fail(f"{file}, line {lines[entry.reflection_id]}: its source {source!r} has to come before it", 2)
     return entries
+
+
+def _addition(entry: StoredReflection, scope: str) -> Message:
+    request_id = f"{_REQUEST}{entry.reflection_id}"
+    labels = Labels(entry.kind, entry.key, entry.tags, entry.source_ids)
+    return wire.addition_to_proto(request_id, scope or entry.scope, entry.text, entry.provenance, labels)
 
 
 class _Import:
@@ -141,7 +154,7 @@ class _Import:
             self._counts["changed"] += 1
             return ""
         self._counts["known" if identity in there else "added"] += 1
-        if entry.status is ReflectionStatus.RETIRED:
+        if entry.status in (ReflectionStatus.RETIRED, ReflectionStatus.QUARANTINED):
             await self._retire(identity, request_id)
         return identity
 

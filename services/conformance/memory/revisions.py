@@ -45,6 +45,18 @@ async def repeated(session: CheckSession) -> None:
     demand((await scope.snapshot())[0] == 2, "the scope at version 2", f"version {(await scope.snapshot())[0]}")
 
 
+@suite.check("ReviseReflection", "a repeated call with another change is ALREADY_EXISTS REQUEST_CONFLICT")
+async def another_change(session: CheckSession) -> None:
+    scope = await with_evidence(session)
+    added = await scope.add("request")
+    await optional(session, "ReviseReflection", scope.revision(added.reflection_id, 1, "same", text="new"))
+    for change in ({"text": "other"}, {"text": "new", "key": "k"}, {"tags": pb.TagList(tags=["t"])}):
+        request = scope.revision(added.reflection_id, 1, "same", **change)
+        await session.refused("ReviseReflection", request, "ALREADY_EXISTS", "REQUEST_CONFLICT")
+    stored = await scope.get(added.reflection_id)
+    demand((stored.text, stored.revision) == ("new", 2), "the text of the first call, at revision 2", stored)
+
+
 @suite.check("ReviseReflection", "a revision that is not the newest is ABORTED REVISION_CONFLICT, with the newest")
 async def conflict(session: CheckSession) -> None:
     scope = await with_evidence(session)

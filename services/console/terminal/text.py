@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from mulligan.cli.out import safe
+from mulligan.common.text import safe
 
 _TAB = 4
 

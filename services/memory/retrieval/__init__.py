@@ -6,35 +6,48 @@ A strategy is a module with `retrieve(query, store)`, which returns at most `que
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Self
 
 from mulligan.common.reflections import ReflectionQuery, RetrievalStrategy
-from mulligan.memory.store import Found, Store
+from mulligan.memory.store import ANSWER_BYTES, Found, Store
 
 _BYTES_PER_TOKEN = 4
+_SPARE, _MOST = 4, 100
+
+
+@dataclass
+class Budget:
+    """What the texts of an answer may still take, in tokens."""
+
+    left: int
+
+    @classmethod
+    def of(cls, query: ReflectionQuery) -> Self:
+        most = ANSWER_BYTES // _BYTES_PER_TOKEN
+        return cls(min(query.max_tokens or most, most))
+
+    def takes(self, text: str) -> bool:
+        """Whether it fits beside those that were taken. Then it is taken."""
+        tokens = -(-len(text.encode()) // _BYTES_PER_TOKEN)
+        fits = tokens <= self.left
+        self.left -= tokens if fits else 0
+        return fits
 
 
 async def retrieve(query: ReflectionQuery, store: Store) -> Found:
     """Asks the query's strategy. All of it sees one version. Raises as `Store.find` does."""
     if query.version is None:
         query = replace(query, version=(await store.snapshot(query.scope)).version)
+    limit = query.limit
+    if query.max_tokens and query.strategy is not RetrievalStrategy.MIX:  # some may not fit
+        query = replace(query, limit=min(_SPARE * limit, max(limit, _MOST)))
+    budget = Budget.of(query)
     found = await by(query.strategy, query, store)
-    return found if query.max_tokens == 0 else _within(found, query.max_tokens)
+    return replace(found, reflections=tuple(one for one in found.reflections if budget.takes(one.text))[:limit])
 
 
 async def by(strategy: RetrievalStrategy, query: ReflectionQuery, store: Store) -> Found:
     module = importlib.import_module(f"{__name__}.{strategy.value}")
     found: Found = await module.retrieve(query, store)
     return found
-
-
-def _within(found: Found, max_tokens: int) -> Found:
-    """Without the entries that do not fit beside the better ones."""
-    kept = []
-    left = max_tokens
-    for reflection in found.reflections:
-        tokens = -(-len(reflection.text.encode()) // _BYTES_PER_TOKEN)
-        if tokens <= left:
-            kept.append(reflection)
-            left -= tokens
-    return replace(found, reflections=tuple(kept))

@@ -1,4 +1,5 @@
-"""Some entries of each of several strategies, in the order of `query.mix`, without near-duplicates.
+"""Some entries of each of several strategies, in the order of `query.mix`, without near-duplicates, within the query's
+budget of tokens.
 
 Near-duplicates have most pairs of adjacent words in common (Broder, On the Resemblance and Containment of Documents,
 1997, section 2). Single words would not do: rules that say the opposite of each other can have the same words.
@@ -11,7 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from mulligan.common.reflections import ReflectionQuery, StoredReflection
-from mulligan.memory.retrieval import by
+from mulligan.memory.retrieval import Budget, by
 from mulligan.memory.store import Found, Store
 
 SIMILARITY = 0.8  # share of common pairs of words from which one of two entries is left out
@@ -24,6 +25,7 @@ Pairs = frozenset[tuple[str, ...]]
 async def retrieve(query: ReflectionQuery, store: Store) -> Found:
     kept: dict[str, StoredReflection] = {}  # by their ids
     known: list[Pairs] = []  # of each that is kept
+    budget = Budget.of(query)
     assert query.version is not None, "`retrieve` of the package sets it"
     for part in query.mix:
         most = len(kept) + part.limit
@@ -34,7 +36,7 @@ async def retrieve(query: ReflectionQuery, store: Store) -> Found:
             if one.reflection_id in kept:
                 continue
             own = pairs(one.text)
-            if all(similarity(own, other) < SIMILARITY for other in known):
+            if all(similarity(own, other) < SIMILARITY for other in known) and budget.takes(one.text):
                 kept[one.reflection_id] = one
                 known.append(own)
     return Found(tuple(kept.values())[: query.limit], query.version)

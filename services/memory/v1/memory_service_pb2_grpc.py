@@ -175,7 +175,8 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def QueryReflections(self, request, context):
-        """Retrieves the reflections that an agent should be shown. Idempotent.
+        """Retrieves the reflections that an agent should be shown; those whose texts do not fit into 32 MiB beside the better
+        ones are left out. Idempotent.
         OUT_OF_RANGE UNKNOWN_VERSION: the scope has not reached as_of_version.
         DATA_LOSS SNAPSHOT_REDACTED: an entry of that version was erased. Metadata `version`: the oldest that can be read.
         FAILED_PRECONDITION NO_EMBEDDER: SIMILAR_MEANING on a server without an embedder.
@@ -193,7 +194,8 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListReflections(self, request, context):
-        """Pages through the reflections of a scope, oldest first. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN.
+        """Pages through the reflections of a scope, oldest first. A page also ends before its texts exceed 32 MiB. Idempotent.
+        INVALID_ARGUMENT BAD_PAGE_TOKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,6 +219,7 @@ class MemoryServiceServicer:
     def ReviseReflection(self, request, context):
         """Rewrites what it names of a reflection, and makes a new revision. A new text starts without evidence.
         Idempotent on (reflection_id, request_id) while the revision is the newest. NOT_FOUND UNKNOWN_REFLECTION.
+        ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another text, key or other tags.
         ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
         FAILED_PRECONDITION RAW_ENTRY: the text of an episode is never rewritten.
         """
@@ -242,7 +245,8 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExplainReflection(self, request, context):
-        """Why a reflection has its status: its uses, and where it comes from. NOT_FOUND UNKNOWN_REFLECTION. Idempotent.
+        """Why a reflection has its status: its uses, and where it comes from, as far as that fits into 32 MiB.
+        NOT_FOUND UNKNOWN_REFLECTION. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

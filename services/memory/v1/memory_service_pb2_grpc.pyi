@@ -58,7 +58,8 @@ class MemoryServiceStub:
     NOT_FOUND UNKNOWN_REFLECTION: one of source_ids is not in the scope.
     """
     QueryReflections: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.QueryReflectionsRequest, _memory_service_pb2.QueryReflectionsResponse]
-    """Retrieves the reflections that an agent should be shown. Idempotent.
+    """Retrieves the reflections that an agent should be shown; those whose texts do not fit into 32 MiB beside the better
+    ones are left out. Idempotent.
     OUT_OF_RANGE UNKNOWN_VERSION: the scope has not reached as_of_version.
     DATA_LOSS SNAPSHOT_REDACTED: an entry of that version was erased. Metadata `version`: the oldest that can be read.
     FAILED_PRECONDITION NO_EMBEDDER: SIMILAR_MEANING on a server without an embedder.
@@ -67,7 +68,9 @@ class MemoryServiceStub:
     GetReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.GetReflectionRequest, _memory_service_pb2.GetReflectionResponse]
     """NOT_FOUND UNKNOWN_REFLECTION. Idempotent."""
     ListReflections: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ListReflectionsRequest, _memory_service_pb2.ListReflectionsResponse]
-    """Pages through the reflections of a scope, oldest first. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN."""
+    """Pages through the reflections of a scope, oldest first. A page also ends before its texts exceed 32 MiB. Idempotent.
+    INVALID_ARGUMENT BAD_PAGE_TOKEN.
+    """
     DeleteReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.DeleteReflectionRequest, _memory_service_pb2.DeleteReflectionResponse]
     """Forgets a reflection: from the next version on it is not retrieved. NOT_FOUND UNKNOWN_REFLECTION.
     Idempotent: forgetting it again changes nothing.
@@ -77,6 +80,7 @@ class MemoryServiceStub:
     ReviseReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ReviseReflectionRequest, _memory_service_pb2.ReviseReflectionResponse]
     """Rewrites what it names of a reflection, and makes a new revision. A new text starts without evidence.
     Idempotent on (reflection_id, request_id) while the revision is the newest. NOT_FOUND UNKNOWN_REFLECTION.
+    ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another text, key or other tags.
     ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
     FAILED_PRECONDITION RAW_ENTRY: the text of an episode is never rewritten.
     """
@@ -90,7 +94,9 @@ class MemoryServiceStub:
     reward that was reported first. NOT_FOUND UNKNOWN_USE: no use of that id was drawn. Metadata `use_id`.
     """
     ExplainReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ExplainReflectionRequest, _memory_service_pb2.ExplainReflectionResponse]
-    """Why a reflection has its status: its uses, and where it comes from. NOT_FOUND UNKNOWN_REFLECTION. Idempotent."""
+    """Why a reflection has its status: its uses, and where it comes from, as far as that fits into 32 MiB.
+    NOT_FOUND UNKNOWN_REFLECTION. Idempotent.
+    """
     ListChanges: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ListChangesRequest, _memory_service_pb2.ListChangesResponse]
     """Pages through the log of all writes, oldest first. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN."""
 
@@ -150,7 +156,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_service_pb2.QueryReflectionsRequest,
         context: _aio.ServicerContext[_memory_service_pb2.QueryReflectionsRequest, _abc.Awaitable[_memory_service_pb2.QueryReflectionsResponse]],
     ) -> _abc.Awaitable[_memory_service_pb2.QueryReflectionsResponse]:
-        """Retrieves the reflections that an agent should be shown. Idempotent.
+        """Retrieves the reflections that an agent should be shown; those whose texts do not fit into 32 MiB beside the better
+        ones are left out. Idempotent.
         OUT_OF_RANGE UNKNOWN_VERSION: the scope has not reached as_of_version.
         DATA_LOSS SNAPSHOT_REDACTED: an entry of that version was erased. Metadata `version`: the oldest that can be read.
         FAILED_PRECONDITION NO_EMBEDDER: SIMILAR_MEANING on a server without an embedder.
@@ -171,7 +178,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_service_pb2.ListReflectionsRequest,
         context: _aio.ServicerContext[_memory_service_pb2.ListReflectionsRequest, _abc.Awaitable[_memory_service_pb2.ListReflectionsResponse]],
     ) -> _abc.Awaitable[_memory_service_pb2.ListReflectionsResponse]:
-        """Pages through the reflections of a scope, oldest first. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN."""
+        """Pages through the reflections of a scope, oldest first. A page also ends before its texts exceed 32 MiB. Idempotent.
+        INVALID_ARGUMENT BAD_PAGE_TOKEN.
+        """
 
     @_abc_1.abstractmethod
     def DeleteReflection(
@@ -199,6 +208,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_memory_service_pb2.ReviseReflectionResponse]:
         """Rewrites what it names of a reflection, and makes a new revision. A new text starts without evidence.
         Idempotent on (reflection_id, request_id) while the revision is the newest. NOT_FOUND UNKNOWN_REFLECTION.
+        ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another text, key or other tags.
         ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
         FAILED_PRECONDITION RAW_ENTRY: the text of an episode is never rewritten.
         """
@@ -230,7 +240,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_service_pb2.ExplainReflectionRequest,
         context: _aio.ServicerContext[_memory_service_pb2.ExplainReflectionRequest, _abc.Awaitable[_memory_service_pb2.ExplainReflectionResponse]],
     ) -> _abc.Awaitable[_memory_service_pb2.ExplainReflectionResponse]:
-        """Why a reflection has its status: its uses, and where it comes from. NOT_FOUND UNKNOWN_REFLECTION. Idempotent."""
+        """Why a reflection has its status: its uses, and where it comes from, as far as that fits into 32 MiB.
+        NOT_FOUND UNKNOWN_REFLECTION. Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def ListChanges(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 from mulligan.cli.app import app
 from mulligan.common.channel import Endpoint
 from mulligan.common.reflections import (
+    MAX_TEXT_BYTES,
     Labels,
     Provenance,
     ReflectionKind,
@@ -104,6 +106,18 @@ def test_why_says_what_came_of_the_uses(command: Callable[..., Result], filled: 
     assert "no reflection 'none'" in command("why", "none", status=1).stderr
 
 
+def test_no_label_writes_a_line_of_its_own(
+    command: Callable[..., Result], embedding: ServiceProcess, scope: str
+) -> None:
+    forged = "k\nstatus      active\tuplift"
+    labels = Labels(ReflectionKind.RULE, forged, (forged,))
+    origin = replace(ORIGIN, task_id=forged, experience_id=forged)
+    identity = called(embedding, lambda client: client.add("0", scope, "text", origin, labels))
+    for name in ("show", "why"):
+        lines = command(name, identity).stdout.splitlines()
+        assert [line.split(":")[0] for line in lines if line.startswith("status")] == ["status      candidate"]
+
+
 def test_entries_are_retired_and_released(command: Callable[..., Result], filled: list[str], scope: str) -> None:
     assert command("retire", filled[0]).stdout == "retired in revision 2\n"
     assert filled[0] in command("list", "--scope", scope, "--status", "retired").stdout
@@ -147,10 +161,13 @@ def test_what_is_exported_can_be_imported_again_and_again(
     other = f"{scope}-other"
     assert "2 added, 0" in command("import", str(half), "--scope", other).stdout
     done = command("import", str(file), "--scope", other)
-    assert "1 added, 2 were there already" in done.stdout and "evidence is not imported: 1 that" in done.stderr
+    assert (
+        "1 added, 2 were there already" in done.stdout
+        and "0 active are candidates, 1 quarantined are retired" in done.stderr
+    )
     found, originals = entries(embedding, other), entries(embedding, scope)
     assert [one.text for one in found] == [one.text for one in originals]
-    assert [one.status for one in found] == [ReflectionStatus.RETIRED, *[ReflectionStatus.PROBATION] * 2]
+    assert [one.status for one in found] == [*[ReflectionStatus.RETIRED] * 2, ReflectionStatus.PROBATION]
     assert [one.source_ids for one in found] == [(), (found[0].reflection_id,), (found[1].reflection_id,)]
     assert [(one.kind, one.key, one.tags) for one in found] == [(one.kind, one.key, one.tags) for one in originals]
     assert len(entries(embedding, other)) == 3
@@ -168,6 +185,8 @@ def test_files_that_cannot_be_imported(
         ([second, first], f"line 1: its source '{filled[0]}' has to come before it"),
         ([first, first], f"line 2: '{filled[0]}' was in line 1"),
         ([first.replace('"rule"', '"poem"')], "line 1: Invalid enum value 'poem'"),
+        ([first, third.replace("It fell.", "")], "line 2: text: "),
+        ([first, third.replace("It fell.", "x" * (MAX_TEXT_BYTES + 1))], "line 2: text: "),
     ):
         file.write_text("\n".join(lines))
         assert said in command("import", str(file), "--scope", f"{scope}-other", status=2).stderr, lines

@@ -7,7 +7,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mulligan.cli.out import json_safe, safe
+from mulligan.cli.out import json_safe
+from mulligan.common.text import safe
 
 
 @given(st.text())

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from mulligan.cli.out import safe
+from mulligan.common.text import safe
 from mulligan.common.types import Outcome
 from mulligan.console.index import ExperienceFilter, ExperienceRow
 from mulligan.console.terminal.layout import laid_experience, laid_group

@@ -19,7 +19,7 @@ from mulligan.common.reflections import (
     StoredReflection,
     Uplift,
 )
-from mulligan.memory.store import ChangePage, Found, Order, Page, Selection, Snapshot
+from mulligan.memory.store import ANSWER_BYTES, ChangePage, Found, Order, Page, Selection, Snapshot
 from mulligan.memory.stores._sql import tags
 from mulligan.memory.stores._sql.tables import (
     Characters,
@@ -247,9 +247,15 @@ def page(db: sa.Connection, scope: str, position: int, limit: int, include_delet
         wanted = wanted.where(reflections.c.scope_id == scope_number(scope))
     if not include_deleted:
         wanted = wanted.where(reflections.c.deleted_version.is_(None))
-    rows = db.execute(wanted.order_by(reflections.c.position).limit(limit + 1)).all()
-    more = len(rows) > limit
-    return Page(as_now(db, rows[:limit]), rows[limit - 1].position if more else None)
+    rows: list[Row] = []
+    size, more = 0, False
+    with db.execute(wanted.order_by(reflections.c.position).limit(limit + 1).execution_options(yield_per=16)) as found:
+        for row in found:
+            size += len((row.text or "").encode())
+            if more := bool(rows) and (len(rows) == limit or size > ANSWER_BYTES):
+                break
+            rows.append(row)
+    return Page(as_now(db, rows), rows[-1].position if more else None)
 
 
 def change_page(db: sa.Connection, scope: str, position: int, limit: int) -> ChangePage:

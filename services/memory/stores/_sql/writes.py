@@ -239,6 +239,11 @@ def _checked(db: sa.Connection, old: Row, rewriting: Rewriting) -> Revised | Non
     made = sa.select(reflections.c.revised_by, reflections.c.revised_version)
     by, version = db.execute(made.where(reflections.c.position == old.position)).one()
     if by == rewriting.request_id:
+        before = (old.text, old.key, tags.read(old.tags))
+        again = (rewriting.text, rewriting.key, rewriting.tags)
+        if any(new not in (None, known) for known, new in zip(before, again, strict=True)):
+            message = f"request {rewriting.request_id!r} rewrote reflection {old.reflection_id!r} in another way"
+            raise DomainError(Reason.REQUEST_CONFLICT, message)
         return Revised(old.revision, version)
     if rewriting.text is not None and old.kind == ReflectionKind.EPISODE.value:
         raise DomainError(Reason.RAW_ENTRY, f"reflection {old.reflection_id!r} is an episode: its text stays as it is")
