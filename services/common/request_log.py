@@ -32,6 +32,8 @@ class RequestLog:
         self._is_probe = method.startswith(PROBES)
         self.request = request  # or None until it is read; its ids are logged
         self._metrics = metrics
+        if metrics is not None:
+            metrics.started()
         self._status = "OK"
         self._reason: Reason | None = None
         self._error: BaseException | None = None

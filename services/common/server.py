@@ -31,7 +31,7 @@ from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.grpc_server import Server, options
 from mulligan.common.health import HealthService
 from mulligan.common.logs import configure_logging, log_at_any_level
-from mulligan.common.metrics import MethodMetrics, exported
+from mulligan.common.metrics import OTHER, MethodMetrics, exported
 from mulligan.common.request_log import PROBES, RequestLog
 from mulligan.common.status import fault, to_status
 from mulligan.common.tasks import TimeLimit, TooLong
@@ -365,7 +365,8 @@ def _server(settings: ServiceSettings) -> grpc.aio.Server:
         limits=settings.caller_limits,
         write_seconds=settings.write_seconds,
     )
-    return cast(grpc.aio.Server, Server([interceptor], options(settings)))
+    unknown = MethodMetrics(OTHER) if settings.metrics_port >= 0 else None
+    return cast(grpc.aio.Server, Server([interceptor], options(settings), unknown))
 
 
 def _bind(server: grpc.aio.Server, address: str, settings: ServiceSettings) -> int:

@@ -29,6 +29,7 @@ from mulligan.trainer.preflight import check_environment, check_tasks, check_top
 from mulligan.trainer.recall import GLOBAL_SCOPE, newest
 from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
+from mulligan.trainer.run_metrics import run_ended
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from mulligan.trainer.trainable import prompt_notices
@@ -110,6 +111,11 @@ class RunManager:
             return self._open(run_id)
         self._recent[run_id] = found  # it may have more events by now
         return found
+
+    @property
+    def active(self) -> Run | None:
+        """The run that trains, if one does."""
+        return self._runs.get(self._active_id) if self._is_active(self._active_id) else None
 
     def exists(self, run_id: str) -> bool:
         return bool(_RUN_ID.fullmatch(run_id)) and RunFolder(self._folder / run_id).exists
@@ -294,6 +300,7 @@ class RunManager:
 
     def _end(self, run: Run, state: RunState, error: str = "") -> None:
         """Tells the watchers, and writes the state; if that fails, it is kept and written later."""
+        run_ended(state)
         self._unwritten[run.run_id] = run.record.now(state, error)
         self._unsynced[run.run_id] = run
         run.events.tell(StateEvent(state, error))

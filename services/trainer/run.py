@@ -20,7 +20,7 @@ from mulligan.common.tasks import PrioritySlots
 from mulligan.trainer.activity import CurrentActivity
 from mulligan.trainer.evaluation import fit_protocols, open_writers
 from mulligan.trainer.evaluations import Evaluations
-from mulligan.trainer.events import EventLog, NoticeEvent, StepEvent
+from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.history import read_history, write_history
@@ -41,6 +41,7 @@ from mulligan.trainer.preflight import (
 from mulligan.trainer.recall import newest, scope_of
 from mulligan.trainer.rounds import Chooser
 from mulligan.trainer.run_environment import RunEnvironments, RunTasks
+from mulligan.trainer.run_metrics import step_ended
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy, ServedPolicy
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
@@ -167,6 +168,15 @@ class Run:
     @property
     def train_seconds(self) -> float:
         return sum(event.metrics.get("seconds", 0.0) for event in self.events.steps().values())
+
+    @property
+    def last_step(self) -> int:
+        return self.settings.steps
+
+    @property
+    def newest(self) -> tuple[StepEvent | None, EvaluationEvent | None]:
+        """The last step, and the last evaluation in the run's own environment."""
+        return self.events.newest
 
     @property
     def stopped(self) -> bool:
@@ -391,6 +401,7 @@ class Run:
         pipeline.close(self.step)
         write_history(self.folder, self.step, step.rounds)
         if self.step not in self.events.steps():
+            step_ended(metrics)
             self.events.add(StepEvent(self.step, metrics))
         self.step += 1
 
