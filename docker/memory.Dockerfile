@@ -6,7 +6,7 @@ FROM ${BASE} AS build
 WORKDIR /src
 COPY pyproject.toml LICENSE NOTICE constraints.txt requirements.lock docker/install.sh ./
 # Extras of pyproject.toml: postgres is another. With certs it makes certificates, as compose.yaml has it do.
-ARG EXTRAS=memory,certs
+ARG EXTRAS=memory,certs,otel
 ARG WHEELS=docker/wheels
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[${EXTRAS}]"

@@ -24,6 +24,7 @@ from mulligan.common.metrics import REGISTRY
 from mulligan.common.rate import TokenBucket
 from mulligan.common.status import CALL_ENDED
 from mulligan.common.text import bounded
+from mulligan.common.tracing import log_ids
 
 VALUE_LIMIT = 1_000
 TRACEBACK_LIMIT = 8_000
@@ -46,6 +47,7 @@ def configure_logging(settings: ServiceSettings) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _add_trace,
             _cut_values,
             renderer,
         ],
@@ -173,6 +175,11 @@ class _Stderr:
             _Stderr._torn = bool(rest)
 
     debug = info = warning = error = critical = exception = fatal = log = msg
+
+
+def _add_trace(_: object, __: str, values: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    values.update(log_ids())
+    return values
 
 
 def _cut_values(_: object, __: str, values: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -18,6 +18,7 @@ from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import make_folder
 from mulligan.common.tasks import cancel
+from mulligan.common.tracing import untraced
 from mulligan.common.types import Split
 from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
 from mulligan.trainer.events import EvaluationEvent, StateEvent
@@ -282,7 +283,7 @@ class RunManager:
         """Trains the run in a task. Its record must say RUNNING."""
         self._active_id = run.run_id
         run.events.tell(StateEvent(RunState.RUNNING))
-        self._active = asyncio.create_task(self._train(run), name=f"run {run.run_id}")
+        self._active = asyncio.create_task(self._train(run), name=f"run {run.run_id}", context=untraced())
 
     async def _train(self, run: Run) -> None:
         try:

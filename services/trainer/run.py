@@ -17,6 +17,7 @@ from mulligan.common.disk import free_bytes
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import PolicyInfo
 from mulligan.common.tasks import PrioritySlots
+from mulligan.common.tracing import span
 from mulligan.trainer.activity import CurrentActivity
 from mulligan.trainer.evaluation import fit_protocols, open_writers
 from mulligan.trainer.evaluations import Evaluations
@@ -26,7 +27,7 @@ from mulligan.trainer.harness import Harness
 from mulligan.trainer.history import read_history, write_history
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from mulligan.trainer.journal import StepCompleted, journal_file, read_metrics
-from mulligan.trainer.pipeline import Pipeline
+from mulligan.trainer.pipeline import Pipeline, StepSampling
 from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import (
     check_actor,
@@ -363,6 +364,12 @@ class Run:
         start = _clock()
         await pipeline.admit(self.step)
         sampling = pipeline.sampling(self.step)
+        with sampling.span:
+            await self._train_step(policy, pipeline, sampling, start)
+
+    async def _train_step(
+        self, policy: PublishedPolicy | ServedPolicy, pipeline: Pipeline, sampling: StepSampling, start: float
+    ) -> None:
         journal = sampling.journal
         runner = sampling.runner
         chains = self.settings.rollout.tasks_per_step * self.settings.rollout.rollouts_per_task
@@ -377,11 +384,14 @@ class Run:
         if self.settings.trains:
             minibatches = self.settings.algorithm.optimizer_steps
             self.activity.begin("learning", lambda: (runner.minibatches_learned, minibatches))
-            metrics |= await runner.learn(self.step, step.kept)
+            with span("learn"):
+                metrics |= await runner.learn(self.step, step.kept)
             self._notice_once(drop_notices(metrics))
         learned = _clock()
-        await self._publish(policy)
-        await runner.memorise(step.kept, step.replaced)
+        with span("publish"):
+            await self._publish(policy)
+        with span("memorise"):
+            await runner.memorise(step.kept, step.replaced)
         metrics |= {
             "policy_version": float(policy.version),
             "seconds": _clock() - start,
