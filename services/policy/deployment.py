@@ -104,6 +104,7 @@ class Deployment:
         self._passed: set[int] = set()  # versions whose weights passed the check when they were loaded last
         self._checks: dict[int, WeightCheck] = {}  # of the version that serves, and of the one that is being loaded
         self.label = metrics.NAMES.label(name)  # of its metrics
+        metrics.begin(name)
         self._tokens = metrics.SAMPLED_TOKENS.labels(self.label)
         # Equal for engines whose checksums of equal weights are equal.
         parts = [settings.backend, backend.model.dtype, *settings.own.setup]

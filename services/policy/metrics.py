@@ -25,6 +25,12 @@ UPDATE_SECONDS = Histogram(
 )
 
 
+def begin(policy: str) -> None:
+    """Its series are there from the start, with nothing counted."""
+    for metric in (SAMPLED_TOKENS, CANARY_FAILURES, UPDATE_SECONDS):
+        metric.labels(NAMES.label(policy))
+
+
 def forget(policy: str) -> None:
     """A policy is gone, and with it its series. Its name stays one of those that are labels."""
     if (label := NAMES.label(policy)) == OTHER:

@@ -39,6 +39,8 @@ _COUNTS = {  # by their names among the metrics of a step
     "dropped": Counter(f"{PREFIX}_dropped", "Samples that could not be trained on.", registry=REGISTRY),
 }
 _RUNS_ENDED = Counter(f"{PREFIX}_runs_ended", "Runs that ended, by state.", ["state"], registry=REGISTRY)
+for _state in ("completed", "stopped", "failed"):
+    _RUNS_ENDED.labels(_state)
 _PHASES = ("sample", "learn", "waiting_for_rollouts", "waiting_for_learner")
 _ROLES = BoundedNames(20)  # algorithms choose them
 _SUCCESS = "success_"
