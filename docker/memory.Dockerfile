@@ -22,7 +22,7 @@ LABEL org.opencontainers.image.title="mulligan-memory" \
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh /data/memory /run/tokens /run/env-tokens /run/tls /run/engine-key /data/engine /data/models \
     /run/certs /run/certs/services /run/certs/services/env /run/certs/services/policy /run/certs/services/memory \
-    /run/certs/services/trainer
+    /run/certs/services/trainer /run/certs/others /run/certs/others/jaeger
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
 ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
