@@ -82,6 +82,16 @@ class _NoSpan:
 NO_SPAN = _NoSpan()
 
 
+class _Unrecorded(_NoSpan):
+    """A call in a trace that is not recorded: nothing is done for it, but the next service hears so."""
+
+    def __init__(self, carried: _Metadata):
+        self._carried = carried
+
+    def carried(self, metadata: _Metadata | None) -> _Metadata | None:
+        return (*(metadata or ()), *self._carried)
+
+
 class _Recorder:
     """What is imported while tracing is on."""
 
@@ -95,8 +105,22 @@ class _Recorder:
         self.context = context
         self.propagator = TraceContextTextMapPropagator()
 
-    def start(self, name: str, kind: str, parent: Any, attributes: Mapping[str, str | float]) -> Any:
-        return self.tracer.start_span(name, parent, self.trace.SpanKind[kind], attributes)
+    def start(
+        self, name: str, kind: str, parent: Any, attributes: Mapping[str, str | float], links: Sequence[Any] = ()
+    ) -> Any:
+        return self.tracer.start_span(name, parent, self.trace.SpanKind[kind], attributes, links)
+
+    def unrecorded(self, context: Any = None) -> Any:
+        """The span of a context, if it has one whose trace is not recorded: nothing below it is, either."""
+        found = self.trace.get_current_span(context)
+        known = found.get_span_context()
+        return found if known.is_valid and not known.trace_flags.sampled else None
+
+    def carrier(self, context: Any) -> _Metadata:
+        """What goes along with a call."""
+        carrier: dict[str, str] = {}
+        self.propagator.inject(carrier, context)
+        return tuple(carrier.items())
 
     def parent_of(self, origins: Sequence[Origin]) -> Any:
         """The context in which a call with the requests of these spans is made: a new trace if they have no root in
@@ -141,9 +165,7 @@ class _OpenSpan:
         self._span.set_attributes(_named(attributes))
 
     def carried(self, metadata: _Metadata | None) -> _Metadata:
-        carrier: dict[str, str] = {}
-        self._recorder.propagator.inject(carrier, self._context)
-        return (*(metadata or ()), *carrier.items())
+        return (*(metadata or ()), *self._recorder.carrier(self._context))
 
     def begin(self) -> _OpenSpan:
         self._recorder.context.attach(self._context)
@@ -180,7 +202,7 @@ def is_on() -> bool:
 
 def span(name: str, **attributes: str | float) -> Span:
     """A part of the current span. Attributes are ids and numbers, such as `run_id=…`."""
-    if (recorder := _recorder) is None:
+    if (recorder := _recorder) is None or recorder.unrecorded() is not None:
         return NO_SPAN
     found = recorder.start(name, "INTERNAL", None, _named(attributes))
     return _OpenSpan(recorder, found, recorder.trace.set_span_in_context(found))
@@ -201,16 +223,17 @@ def client_span(method: str, address: str, origins: Sequence[Origin] = ()) -> Sp
     if (recorder := _recorder) is None:
         return NO_SPAN
     parent = recorder.parent_of(origins) if origins else None
+    if recorder.unrecorded(parent) is not None:
+        return _Unrecorded(recorder.carrier(parent))
     host, _, port = address.rpartition(":")
     attributes: dict[str, str | float] = {"rpc.system.name": "grpc", "rpc.method": method, "server.address": host}
     if port.isdecimal():
         attributes["server.port"] = int(port)
-    found = recorder.start(method, "CLIENT", parent, attributes)
+    links: list[Any] = []
     if len(origins) > 1:
-        found.set_attribute("mulligan.batch_size", len(origins))
-        for origin in origins:
-            found.add_link(origin.span.get_span_context())
-            origin.span.add_link(found.get_span_context())
+        attributes["mulligan.batch_size"] = len(origins)
+        links = [recorder.trace.Link(origin.span.get_span_context()) for origin in origins]
+    found = recorder.start(method, "CLIENT", parent, attributes, links)
     return _OpenSpan(recorder, found, recorder.trace.set_span_in_context(found, parent))
 
 
@@ -220,6 +243,8 @@ def server_span(method: str, metadata: Iterable[tuple[str, Any]] | None) -> Span
         return NO_SPAN
     carrier = {key: value for key, value in metadata or () if key in _CARRIED and isinstance(value, str)}
     parent = recorder.propagator.extract(carrier, recorder.context.Context())
+    if (unrecorded := recorder.unrecorded(parent)) is not None:
+        return _OpenSpan(recorder, unrecorded, _rooted(recorder, unrecorded, parent), is_server=True)
     found = recorder.start(method, "SERVER", parent, {"rpc.system.name": "grpc", "rpc.method": method})
     return _OpenSpan(recorder, found, _rooted(recorder, found, parent), is_server=True)
 
