@@ -2,8 +2,8 @@
 libraries log through Python's `logging`, from WARNING on, is a part of it.
 
 A value is cut at VALUE_LIMIT characters, a traceback at TRACEBACK_LIMIT, counted in their JSON form. A line may fail to
-be written: the disk is full, nobody reads the pipe, a value cannot be formatted. The metric `mulligan_log_lines_lost`
-counts such lines, and the next line that can be written is followed by one with their number.
+be written: the disk is full, nobody reads the pipe, a value cannot be formatted. `mulligan_log_lines_lost_total` counts
+such lines, and the next line that can be written is followed by one with their number.
 """
 
 from __future__ import annotations
