@@ -5,27 +5,29 @@ and services do in a run, and send what they record to a collector in a process 
 its bytes.
 
 - env: 64 episodes at a time, in steps that nobody thinks about. So nearly all of the time is that of calls: the worst
-  case. Steps per second.
-- policy: 32 conversations at a time with the embedded model. Completions per second.
+  case. Counted are steps.
+- policy: 32 conversations at a time with the embedded model. Counted are completions.
 
-Measurements alternate, and the ratios are of medians.
+Measurements alternate, and the ratios are of medians: of what is done per second, and of CPU time for each, of client
+and server together. Only the second is worth something on a machine that does other things, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -37,7 +39,7 @@ from mulligan.common.tracing import root_span, span, stop_tracing
 from mulligan.common.types import Split
 from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
-from mulligan.testing.processes import ServiceProcesses
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 
 ENVIRONMENT = "frozenlake-3x3"
 EPISODES = 64
@@ -46,6 +48,11 @@ TURNS = 8
 RATIOS: dict[str, float | None] = {"off": None, "all": 1.0, "tenth": 0.1}
 SAMPLING = SamplingParams(temperature=1.0, max_tokens=8)
 ACTIONS = ("Left", "Down", "Right", "Up")
+
+
+class Measured(NamedTuple):
+    per_second: float
+    microseconds: float  # of CPU time, for each
 
 
 class TracedClient(ServiceSettings):
@@ -67,8 +74,8 @@ def traced(collector: str, ratio: float | None) -> Iterator[None]:
         stop_tracing()
 
 
-async def steps_per_second(client: EnvClient, tasks: list[str], seconds: float) -> float:
-    """Of rounds of `EPISODES` episodes; a round is a step of a run."""
+async def steps(client: EnvClient, tasks: list[str], seconds: float) -> int:
+    """How many are played in rounds of `EPISODES` episodes; a round is a step of a run."""
     played = 0
 
     async def play(number: int, place: int) -> None:
@@ -91,10 +98,10 @@ async def steps_per_second(client: EnvClient, tasks: list[str], seconds: float) 
             await asyncio.gather(*(play(number, place) for place in range(EPISODES)))
         root.end()
         number += 1
-    return played / (time.perf_counter() - start)
+    return played
 
 
-async def completions_per_second(client: PolicyClient, seconds: float) -> float:
+async def completions(client: PolicyClient, seconds: float) -> int:
     answered = 0
 
     async def ask(number: int, place: int) -> None:
@@ -112,12 +119,12 @@ async def completions_per_second(client: PolicyClient, seconds: float) -> float:
             await asyncio.gather(*(ask(number, place) for place in range(CONVERSATIONS)))
         root.end()
         number += 1
-    return answered / (time.perf_counter() - start)
+    return answered
 
 
 async def measure(
     services: ServiceProcesses, collector: str, work: str, seconds: float, rounds: int
-) -> dict[str, list[float]]:
+) -> dict[str, list[Measured]]:
     """One server for each way, all at once; one of them works at a time."""
     servers = {}
     for name, ratio in RATIOS.items():
@@ -125,17 +132,17 @@ async def measure(
         if ratio is not None:
             settings |= {"otlp_endpoint": collector, "trace_ratio": ratio}
         servers[name] = services.start(work, **settings)
-    ways: dict[str, Callable[[], Awaitable[float]]] = {}
+    ways: dict[str, Callable[[], Awaitable[Measured]]] = {}
     clients: list[Any] = []
     for name, server in servers.items():
         if work == "env":
             env = EnvClient(Endpoint(server.address))
             tasks = [task.task_id for task in await env.list_tasks(ENVIRONMENT, Split.TRAIN, EPISODES)]
-            ways[name] = partial(_traced, collector, RATIOS[name], partial(steps_per_second, env, tasks, seconds))
+            ways[name] = partial(_traced, collector, RATIOS[name], server, partial(steps, env, tasks, seconds))
             clients.append(env)
         else:
             policy = PolicyClient(Endpoint(server.address))
-            ways[name] = partial(_traced, collector, RATIOS[name], partial(completions_per_second, policy, seconds))
+            ways[name] = partial(_traced, collector, RATIOS[name], server, partial(completions, policy, seconds))
             clients.append(policy)
     await alternate(ways, 1)  # warms up
     found = await alternate(ways, rounds)
@@ -146,9 +153,19 @@ async def measure(
     return found
 
 
-async def _traced(collector: str, ratio: float | None, work: Callable[[], Awaitable[float]]) -> float:
+async def _traced(
+    collector: str, ratio: float | None, server: ServiceProcess, work: Callable[[], Awaitable[int]]
+) -> Measured:
+    start, cpu = time.perf_counter(), _cpu_seconds(server)
     with traced(collector, ratio):
-        return await work()
+        done = await work()
+    return Measured(done / (time.perf_counter() - start), (_cpu_seconds(server) - cpu) / done * 1e6)
+
+
+def _cpu_seconds(server: ServiceProcess) -> float:
+    """Of this process and the server."""
+    fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()
+    return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class CountingCollector:
@@ -184,9 +201,9 @@ def main() -> None:
     if given.collect:
         CountingCollector().serve()
         return
-    seconds, rounds = (1.0, 3) if given.quick else (5.0, 7)
+    seconds, rounds = (1.0, 3) if given.quick else (3.0, 7)
     command = [sys.executable, "-m", "benchmarks.tracing", "--collect"]
-    values: dict[str, dict[str, float]] = {}
+    values: dict[str, dict[str, Measured]] = {}
     with (
         TemporaryDirectory() as folder,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as collecting,
@@ -197,18 +214,29 @@ def main() -> None:
         try:
             for work in ("env", "policy"):
                 found = asyncio.run(measure(services, collector, work, seconds, rounds))
-                values[work] = {name: median(each) for name, each in found.items()}
+                values[work] = {name: Measured(*map(median, zip(*each, strict=True))) for name, each in found.items()}
         finally:
             services.end()
         collecting.stdin.close()
         received = int(collecting.stdout.readline())
-    rows = [
-        [work, *(f"{each[name]:,.0f}" for name in RATIOS), *(f"{each[name] / each['off']:.2f}" for name in RATIOS)]
-        for work, each in values.items()
-    ]
-    print_table(["work", *(f"{name}, /s" for name in RATIOS), *(f"{name} / off" for name in RATIOS)], rows)
-    ratios = {work: {name: each[name] / each["off"] for name in RATIOS} for work, each in values.items()}
-    print_result("tracing", {"per_second": values, "ratios": ratios, "bytes_received": received})
+    report(values, received)
+
+
+def report(values: Mapping[str, Mapping[str, Measured]], received: int) -> None:
+    rows = []
+    ratios: dict[str, dict[str, dict[str, float]]] = {}
+    for work, each in values.items():
+        off = each["off"]
+        of_work = ratios[work] = {}
+        for name, found in each.items():
+            rate, cpu = found.per_second / off.per_second, found.microseconds / off.microseconds
+            of_work[name] = {"per_second": rate, "cpu": cpu}
+            rows.append(
+                [work, name, f"{found.microseconds:,.0f}", f"{cpu:.2f}", f"{found.per_second:,.0f}", f"{rate:.2f}"]
+            )
+    print_table(["work", "traces", "CPU, µs", "of off", "per second", "of off"], rows)
+    plain = {work: {name: found._asdict() for name, found in each.items()} for work, each in values.items()}
+    print_result("tracing", {"measured": plain, "ratios": ratios, "bytes_received": received})
 
 
 if __name__ == "__main__":
