@@ -128,7 +128,7 @@ async def measure(
     """One server for each way, all at once; one of them works at a time."""
     servers = {}
     for name, ratio in RATIOS.items():
-        settings: dict[str, object] = {"log_level": "warning"} | ({"threads": 1} if work == "policy" else {})
+        settings: dict[str, Any] = {"log_level": "warning"} | ({"threads": 1} if work == "policy" else {})
         if ratio is not None:
             settings |= {"otlp_endpoint": collector, "trace_ratio": ratio}
         servers[name] = services.start(work, **settings)
@@ -178,7 +178,7 @@ class CountingCollector:
 
     def serve(self) -> None:
         """Prints its port, and after the end of stdin what it counted."""
-        method = grpc.unary_unary_rpc_method_handler(self._count)
+        method: Any = grpc.unary_unary_rpc_method_handler(self._count)
         name = "opentelemetry.proto.collector.trace.v1.TraceService"
         server = grpc.server(ThreadPoolExecutor(2))
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Export": method}),))

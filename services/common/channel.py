@@ -166,7 +166,8 @@ class Connection:
         if not is_on():
             yield NO_SPAN
             return
-        span = client_span(_full_name(type(request)), self.endpoint.address, origins)
+        kind: Any = type(request)
+        span = client_span(_full_name(kind), self.endpoint.address, origins)
         status = "OK"
         try:
             yield span

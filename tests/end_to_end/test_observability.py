@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -89,8 +90,9 @@ def observed(processes: ServiceProcesses, tmp_path_factory: pytest.TempPathFacto
                 await scraping
 
     with collector() as collected:
-        settings = {"metrics_port": 0, "otlp_endpoint": f"http://{collected.address}"}
-        loop = Loop.start(processes, tmp_path_factory.mktemp("observed"), **{name: dict(settings) for name in SERVICES})
+        settings: dict[str, Any] = {"metrics_port": 0, "otlp_endpoint": f"http://{collected.address}"}
+        folder = tmp_path_factory.mktemp("observed")
+        loop = Loop.start(processes, folder, env=settings, policy=settings, memory=settings, trainer=settings)
         asyncio.run(train(loop))
         for process in processes.started:
             scraped[process.name].add(scrape(process))

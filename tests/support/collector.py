@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -33,7 +34,7 @@ class Received:
 
 
 @dataclass
-class Collector(pb_grpc.TraceServiceServicer):  # type: ignore[misc]  # it has no types
+class Collector(pb_grpc.TraceServiceServicer):
     address: str = ""
     spans: list[Received] = field(default_factory=list)
     raw: list[bytes] = field(default_factory=list)  # all that arrived
@@ -57,11 +58,16 @@ class Collector(pb_grpc.TraceServiceServicer):  # type: ignore[misc]  # it has n
 
 
 @contextmanager
-def collector(address: str = "127.0.0.1:0") -> Iterator[Collector]:
+def collector(address: str = "127.0.0.1:0", tls: Path | None = None) -> Iterator[Collector]:
+    """`tls` is a folder with tls.key and tls.crt."""
     found = Collector()
     server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
-    pb_grpc.add_TraceServiceServicer_to_server(found, server)
-    port = server.add_insecure_port(address)
+    pb_grpc.add_TraceServiceServicer_to_server(found, server)  # type: ignore[no-untyped-call]
+    if tls is None:
+        port = server.add_insecure_port(address)
+    else:
+        pair = [((tls / "tls.key").read_bytes(), (tls / "tls.crt").read_bytes())]
+        port = server.add_secure_port(address, grpc.ssl_server_credentials(pair))
     found.address = f"127.0.0.1:{port}"
     server.start()
     try:

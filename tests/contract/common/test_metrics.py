@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from typing import Any
 from urllib.request import urlopen
 
 import grpc
@@ -51,8 +52,9 @@ async def test_callers_make_no_series(services: ServiceProcesses) -> None:
     [address] = [line["address"] for line in server.log_lines if line["event"] == "metrics"]
     async with grpc.aio.insecure_channel(server.address) as channel:
         for number in range(20):
+            call: Any = channel.unary_unary(f"/mulligan.env.v1.EnvService/Call{number}")
             with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
-                await channel.unary_unary(f"/mulligan.env.v1.EnvService/Call{number}")(b"")
+                await call(b"")
     text = await asyncio.to_thread(scraped, address)
     assert "Call1" not in text
     assert sample(text, "grpc_server_call_started_total", grpc_method="other") == 20

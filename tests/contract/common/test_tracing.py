@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
+from mulligan.common.certificates import Certificates
 from mulligan.common.channel import Endpoint
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as pb
@@ -26,7 +29,7 @@ async def list_with(address: str, *metadata: tuple[str, str]) -> None:
         await call(pb.ListEnvironmentsRequest(), metadata=metadata)
 
 
-def start(services: ServiceProcesses, collected: Collector, **settings: object) -> ServiceProcess:
+def start(services: ServiceProcesses, collected: Collector, **settings: Any) -> ServiceProcess:
     return services.start("env", environment=FAST, otlp_endpoint=f"http://{collected.address}", **settings)
 
 
@@ -130,6 +133,27 @@ async def test_a_collector_that_is_away_delays_nothing_and_is_named_once(service
 
 def away(env: ServiceProcess) -> list[dict[str, str]]:
     return [line for line in env.log_lines if line["event"] == "the collector takes no spans; they are lost"]
+
+
+async def test_spans_go_over_tls(services: ServiceProcesses, tmp_path: Path) -> None:
+    """As docker/compose.observe.yaml has it: a certificate of `mulligan certs --other`, and its authority."""
+    Certificates(tmp_path, others=["localhost"]).update()
+    trust = {**FAST, "OTEL_EXPORTER_OTLP_CERTIFICATE": str(tmp_path / "services" / "env" / "ca.crt")}
+    with collector(tls=tmp_path / "others" / "localhost") as collected:
+        address = collected.address.replace("127.0.0.1", "localhost")
+        env = services.start("env", environment=trust, otlp_endpoint=f"https://{address}")
+        await list_with(env.address)
+        (span,) = collected.wait(lambda spans: len(spans) >= 1)
+        assert span.name == LISTING and not away(env)
+        strange = services.start(
+            "env", environment={**FAST, "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}, otlp_endpoint=f"https://{address}"
+        )
+        await list_with(strange.address)
+        deadline = time.monotonic() + 60
+        while not away(strange):
+            await asyncio.sleep(0.1)
+            assert time.monotonic() < deadline
+        assert len(collected.spans) == 1, "a collector of an unknown authority gets nothing"
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:4317", "http://127.0.0.1", "http://u:p@127.0.0.1:4317", "ftp://a:1"])
