@@ -26,17 +26,19 @@ from mulligan.common.callers import (
     by_token,
     current_caller,
 )
-from mulligan.common.config import ServiceSettings
+from mulligan.common.config import ServiceSettings, refuse
 from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.extras import how_to_install
 from mulligan.common.grpc_server import Server, options
 from mulligan.common.health import HealthService
 from mulligan.common.logs import configure_logging, log_at_any_level
-from mulligan.common.metrics import MethodMetrics, exported
+from mulligan.common.metrics import OTHER, MethodMetrics, exported
 from mulligan.common.request_log import PROBES, RequestLog
 from mulligan.common.status import fault, to_status
 from mulligan.common.tasks import TimeLimit, TooLong
 from mulligan.common.tls import Pem, PemFiles
 from mulligan.common.tokens import KnownTokens
+from mulligan.common.tracing import server_span, stop_tracing
 from mulligan.common.validation import prepare, violations
 
 if sys.platform != "win32":
@@ -63,6 +65,7 @@ class _Guarded(NamedTuple):
     streams_answers: bool
     serialize: Callable[[Any], bytes]
     metrics: MethodMetrics | None
+    is_traced: bool
 
 
 class _Received(NamedTuple):
@@ -131,6 +134,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             handler.response_streaming,
             serialize,
             MethodMetrics(method.lstrip("/")) if counted else None,
+            not method.startswith(PROBES),
         )
         answers = self._stream if handler.response_streaming else self._unary
         made: _Handler = _MAKE_HANDLER[handler.response_streaming](
@@ -243,6 +247,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     ) -> _Answer:
         try:
             visit = self._admit(guarded, context)
+            if guarded.is_traced:
+                logged.span = server_span(guarded.method.lstrip("/"), context.invocation_metadata()).begin()
             if guarded.streams_answers or context.time_remaining() is not None:
                 return await answer(visit)  # gRPC cancels a call whose caller's deadline has passed
             return await self._own_deadline.within(answer(visit))
@@ -365,7 +371,8 @@ def _server(settings: ServiceSettings) -> grpc.aio.Server:
         limits=settings.caller_limits,
         write_seconds=settings.write_seconds,
     )
-    return cast(grpc.aio.Server, Server([interceptor], options(settings)))
+    unknown = MethodMetrics(OTHER) if settings.metrics_port >= 0 else None
+    return cast(grpc.aio.Server, Server([interceptor], options(settings), unknown))
 
 
 def _bind(server: grpc.aio.Server, address: str, settings: ServiceSettings) -> int:
@@ -406,6 +413,7 @@ def run(settings: ServiceSettings, main: Callable[[], Awaitable[None]]) -> None:
     """Runs the main coroutine of a service. On an OSError, such as a taken port, it prints one line and exits with
     status 2."""
     configure_logging(settings)
+    _configure_tracing(settings)
     # The garbage collector would scan what is kept and all loaded modules again and again: a quarter of the cost of an
     # environment's step.
     gc.freeze()
@@ -416,6 +424,26 @@ def run(settings: ServiceSettings, main: Callable[[], Awaitable[None]]) -> None:
     except OSError as error:
         print(f"{settings.service}: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        stop_tracing()
+
+
+def _configure_tracing(settings: ServiceSettings) -> None:
+    """Without the packages, a setting is refused; a variable, which may be meant for other programs, is not."""
+    if not settings.traces_to:
+        return
+    try:
+        from mulligan.common.otlp import export_traces
+    except ImportError as error:
+        problem = f"traces need the extra 'otel' ({error}): {how_to_install('otel')}"
+        if settings.otlp_endpoint:
+            refuse(settings.service, f"otlp_endpoint: {problem}")
+        log.warning("no traces", cause=problem)
+        return
+    try:
+        export_traces(settings)
+    except ValueError as error:
+        refuse(settings.service, f"variables of OpenTelemetry, OTEL_…: {error}")
 
 
 async def _as_coroutine(main: Callable[[], Awaitable[None]]) -> None:

@@ -23,6 +23,7 @@ from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnava
 from mulligan.common.status import domain_error
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.tasks import cancel
+from mulligan.common.tracing import Origin, origin, span
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
@@ -99,8 +100,9 @@ class EnvClient:
                 action.encode()
             except ValueError as error:
                 raise invalid_field("action", f"text that UTF-8 can carry ({error})") from error
-        answer = await self._steps.put(episode_id, step_index, action)
-        return answer or await self.step_alone(episode_id, step_index, action)
+        with span("episode.step", episode_id=episode_id, step_index=step_index):
+            answer = await self._steps.put(episode_id, step_index, action)
+            return answer or await self.step_alone(episode_id, step_index, action)
 
     async def step_alone(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
         """As `step`, but in a unary call, which delays no other step."""
@@ -223,6 +225,7 @@ class _Waiting(NamedTuple):
     episode_id: str
     step_index: int
     action: str
+    origin: Origin | None
 
 
 class _StepQueue:
@@ -247,7 +250,7 @@ class _StepQueue:
 
     async def put(self, episode_id: str, step_index: int, action: str) -> _Answer:
         loop = asyncio.get_running_loop()
-        item = _Waiting(loop.create_future(), episode_id, step_index, action)
+        item = _Waiting(loop.create_future(), episode_id, step_index, action, origin())
         if self._was_alone and not self._batches and not self._waiting:
             # The last step was alone, so this one probably is, too: send it at once, without a task, which would cost a
             # tenth of a lone step. Other steps of this tick form the second batch.
@@ -303,13 +306,16 @@ class _StepQueue:
     async def _call(self, batch: list[_Waiting], wait: float) -> list[_Waiting]:
         """Completes the futures of the steps that are answered within the wait. Returns the other steps."""
         request = pb.StepEpisodesRequest()
+        origins = [item.origin for item in batch if item.origin is not None]
         request.max_wait.nanos = int(wait % 1 * 1e9)
         request.max_wait.seconds = int(wait)
         add = request.steps.add
-        for _, episode_id, step_index, action in batch:
+        for _, episode_id, step_index, action, _ in batch:
             add(episode_id=episode_id, step_index=step_index, action=action)
         try:
-            response = await self._connection.call(self._stub.StepEpisodes, request, timeout=wait + self._timeout)
+            response = await self._connection.call(
+                self._stub.StepEpisodes, request, timeout=wait + self._timeout, origins=origins
+            )
         except asyncio.CancelledError:
             for item in batch:
                 item.future.cancel()

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from mulligan.common.config import refuse
 from mulligan.common.files import keep_files_private
 from mulligan.common.logs import configure_logging
+from mulligan.common.metrics import collected
 from mulligan.common.server import run, serve
 from mulligan.env import replicas as env_replicas
 from mulligan.memory.client import MemoryClient
@@ -30,6 +31,7 @@ from mulligan.trainer.learner.ranks import Ranks, launch, launched
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import ServicePorts
+from mulligan.trainer.run_metrics import RunGauges
 from mulligan.trainer.settings import RunSettings
 
 
@@ -97,16 +99,17 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
         manager.go_on()
 
     try:
-        await serve(
-            settings,
-            lambda server: [
-                *runs.add_to_server(server, manager, settings.admission),
-                *learners.add_to_server(server, learner_servicer),
-            ],
-            on_started=go_on,
-            on_drain=partial(manager.drain, settings.drain_seconds),
-            own_address=private_address,
-        )
+        with collected(RunGauges(lambda: manager.active)):
+            await serve(
+                settings,
+                lambda server: [
+                    *runs.add_to_server(server, manager, settings.admission),
+                    *learners.add_to_server(server, learner_servicer),
+                ],
+                on_started=go_on,
+                on_drain=partial(manager.drain, settings.drain_seconds),
+                own_address=private_address,
+            )
     finally:
         await manager.close()
         for client in (env, policy, memory):

@@ -20,6 +20,7 @@ from mulligan.common.inference import (
 )
 from mulligan.common.rewards import reaches, total
 from mulligan.common.thoughts import without_thoughts
+from mulligan.common.tracing import span
 from mulligan.common.types import EnvironmentInfo, Outcome
 from mulligan.trainer.conversation import Conversation, shown
 from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle, SamplingClient
@@ -115,7 +116,8 @@ class Harness:
         restarts = 0
         while True:
             episode_id = f"{blank.sample_id}-{self.incarnation}-{restarts}"
-            attempt = await self._play(replace(blank, episode_id=episode_id, restarts=restarts), plan)
+            with span("attempt", episode_id=episode_id):
+                attempt = await self._play(replace(blank, episode_id=episode_id, restarts=restarts), plan)
             if attempt.outcome.has_reward or restarts == self.max_restarts or never_fits(attempt):
                 return attempt
             restarts += 1

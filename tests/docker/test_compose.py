@@ -14,7 +14,14 @@ from tests.support.found import require_docker
 from tests.support.paths import ROOT
 
 OURS = ("env", "policy", "memory", "trainer")
-FILES = ("compose.yaml", "compose.gpu.yaml", "compose.scale.yaml", "compose.postgres.yaml", "compose.env.yaml")
+FILES = (
+    "compose.yaml",
+    "compose.gpu.yaml",
+    "compose.scale.yaml",
+    "compose.postgres.yaml",
+    "compose.env.yaml",
+    "compose.observe.yaml",
+)
 
 
 def compose(*files: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +46,8 @@ def configuration(*files: str) -> dict[str, Any]:
 
 
 @pytest.fixture(
-    params=[FILES[:1], *((FILES[0], over) for over in FILES[1:])], ids=["cpu", "gpu", "scale", "postgres", "env"]
+    params=[FILES[:1], *((FILES[0], over) for over in FILES[1:])],
+    ids=["cpu", "gpu", "scale", "postgres", "env", "observe"],
 )
 def services(request: pytest.FixtureRequest) -> dict[str, Any]:
     read: dict[str, Any] = configuration(*request.param)["services"]
@@ -106,7 +114,8 @@ def test_all_speak_tls_each_with_a_key_of_its_own(services: dict[str, Any]) -> N
         (volume,) = [volume for volume in services[name]["volumes"] if volume["target"] == "/run/tls"]
         assert volume["read_only"] and made[f"/run/certs/services/{name}"] == volume["source"]
         assert services[name]["depends_on"]["certs"]["condition"] == "service_completed_successfully"
-    assert len(set(made.values())) == len(OURS) + 1
+    of_ours = {source for target, source in made.items() if not target.startswith("/run/certs/others/")}
+    assert len(of_ours) == len(OURS) + 1 and len(set(made.values())) == len(made)
     used = [volume.get("source") for name in services for volume in services[name].get("volumes", [])]
     assert used.count(made["/run/certs"]) == 1
     trainer = services["trainer"]["environment"]
