@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from mulligan.cli.out import json_safe
 from mulligan.common.inference import CallOptions, Completion, Message, Role, SamplingParams
-from mulligan.console.services import ServiceAnswer, Services
+from mulligan.console.services import ServiceAnswer, ServicesPort
 
 MOST_BYTES = 4 * 2**20  # of a conversation
 
@@ -49,7 +49,7 @@ class Talk(msgspec.Struct, frozen=True):
 class ChatPages:
     """`page` renders a template with values."""
 
-    def __init__(self, services: Services, page: Callable[..., Response]) -> None:
+    def __init__(self, services: ServicesPort, page: Callable[..., Response]) -> None:
         self._services = services
         self._page = page
 
@@ -88,9 +88,9 @@ class ChatPages:
             "chat.html",
             talk=talk,
             history=json_safe(msgspec.json.encode(talk.history).decode()),
-            policies=[one.info.name for one in policies.found or []],
+            policies=[one.info.name for one in policies.policies],
             environments=sorted(prompts.found or {}),
-            error=error or policies.error,
+            error=error or ("" if policies.policies else "; ".join(policies.errors.values())),
             text=text,
         )
 

@@ -17,7 +17,8 @@ from markupsafe import Markup
 
 from mulligan.common.experience import Experience
 from mulligan.console.charts import first_charts, matching_charts
-from mulligan.console.index import Bin, ExperienceRow, histogram, row_of
+from mulligan.console.histogram import Bin, histogram
+from mulligan.console.index import ExperienceRow, row_of
 from mulligan.console.library import ShownRun
 from mulligan.console.settings import flat
 from mulligan.console.templating import STATIC, templates

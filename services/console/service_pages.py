@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mulligan.common.reflections import StoredReflection
-from mulligan.console.services import Services
+from mulligan.console.services import ServicesPort
 
 PAGE = 200  # entries
 
@@ -18,7 +18,7 @@ PAGE = 200  # entries
 class ServicePages:
     """`page` renders a template with values."""
 
-    def __init__(self, services: Services, page: Callable[..., Response]) -> None:
+    def __init__(self, services: ServicesPort, page: Callable[..., Response]) -> None:
         self._services = services
         self._page = page
 
@@ -35,7 +35,7 @@ class ServicePages:
         return self._page(request, "services.html", found=await self._services.health())
 
     async def policies(self, request: Request) -> Response:
-        return self._page(request, "policies.html", answer=await self._services.policies())
+        return self._page(request, "policies.html", found=await self._services.policies())
 
     async def entries(self, request: Request) -> Response:
         given = {name: value for name, value in request.query_params.items() if value}
