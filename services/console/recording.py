@@ -38,7 +38,7 @@ class RecordedAnswers(msgspec.Struct, frozen=True):
     @property
     def banner(self) -> str:
         """What each page says of the recording."""
-        return f"This is a recording of {self.made_at:%Y-%m-%d} (Mulligan {self.release}): {self.about} Nothing runs."
+        return f"This is a recording of {self.made_at:%Y-%m-%d}: {self.about} Nothing runs."
 
 
 class RecordedServices:

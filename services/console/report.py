@@ -65,6 +65,7 @@ def report(run: ShownRun, count: int, *, tokens: bool) -> str:
             others=matching_charts(names - shown_first, ""),
             series=_embedded(_points(run)),
             rows=[row_of(run.key, one) for one in chosen.experiences],
+            hrefs=[f"#e{number}" for number, _ in enumerate(chosen.experiences, 1)],
             views=[view_of(one, texts) for one in chosen.experiences],
             with_tokens=tokens,
             chosen=chosen,

@@ -277,7 +277,7 @@ def _by_version(servers: list[PolicyAtServer]) -> PolicyOfServers:
 
 
 def _listed(errors: Mapping[str, str]) -> str:
-    return "; ".join(f"{address}: {error}" for address, error in errors.items())
+    return "; ".join(error if error.startswith(address) else f"{address}: {error}" for address, error in errors.items())
 
 
 async def _ask_one(

@@ -1,9 +1,9 @@
 """Makes the recording that `mulligan ui --demo` shows: `make recording`, or `python -m tests.support.recording FOLDER`.
 
 Three runs of the embedded model on this machine, by recipes of the package: the memory alone, ERL with its memory, and
-RLVR. They take about ten minutes on two cores; a run that is complete in FOLDER is not made again. All metrics and events
-are kept, of the memory the latest ENTRIES entries of each run and those with the most uses, of each step the experiences
-of the groups SLOTS and those in which these entries were written. Weights and checkpoints are not kept.
+RLVR. They take about ten minutes on two cores; a run that is complete in FOLDER is not made again. Kept are all metrics
+and events, of the memory the latest ENTRIES entries of each run and those with the most uses, of each step the
+experiences of the groups SLOTS and those in which these entries were written; no weights and no checkpoints.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from mulligan.trainer.journal import (
 from tests.support.paths import ROOT
 
 ABOUT = (
-    "the embedded model learns FrozenLake by three recipes: ERL with its memory, plain RLVR, and the memory alone. "
-    "Charts are whole; of each step the experiences of two tasks are here, and those that wrote to the memory."
+    "three runs of the embedded model, which learns FrozenLake. Of the experiences, it has those of two tasks of each "
+    "step, and those that wrote to the memory."
 )
 # The id of each run, its recipe, and settings over it. The memory alone comes first, with the weights of the package.
 RUNS: tuple[tuple[str, str, list[str]], ...] = (
