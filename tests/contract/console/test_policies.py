@@ -84,10 +84,10 @@ async def two(services: ServiceProcesses, tmp_path: Path) -> TwoServers:
     tokens = LocalTokens(tmp_path)
     tokens.make()
     (tmp_path / "weights").mkdir()
-    settings: dict[str, Any] = {"weights_folder": tmp_path / "weights", "threads": 1, "tokens_folder": tokens.of("policy")}
+    settings: dict[str, Any] = {"weights_folder": tmp_path / "weights", "tokens_folder": tokens.of("policy")}
 
     def start(number: int) -> ServiceProcess:
-        return services.start("policy", state_folder=tmp_path / f"state-{number}", **settings)
+        return services.start("policy", threads=1, state_folder=tmp_path / f"state-{number}", **settings)
 
     with ThreadPoolExecutor() as pool:
         servers = await asyncio.to_thread(lambda: list(pool.map(start, range(2))))
@@ -98,7 +98,9 @@ async def two(services: ServiceProcesses, tmp_path: Path) -> TwoServers:
 
 
 def text(chrome: Chrome) -> str:
-    return chrome.find_element(By.TAG_NAME, "main").text
+    """Of the page; "" while the next one comes."""
+    found: str = chrome.execute_script("return document.querySelector('main')?.innerText ?? ''")
+    return re.sub("[ \t]+", " ", found)
 
 
 def serve_again(chrome: Chrome, version: int) -> str:
