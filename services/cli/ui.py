@@ -7,7 +7,6 @@ import secrets
 import signal
 import socket
 import string
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -77,17 +76,9 @@ def ui(
     Example: `mulligan ui runs/local`; without any run `mulligan ui --demo`
     """
     _check_extra()
-    if demo and folder is not None:
-        fail(f"--demo: expected without a folder, not with {folder}", 2)
-    folder = folder or FOLDER
-    if not demo and not folder.is_dir():
-        fail(f"there is no folder {folder} here: expected FOLDER, or --demo for recorded runs", 2)
+    shown = _shown(folder, demo)
     local = _is_local(host)
-    if (tls_certificate is None) != (tls_key is None):
-        fail("--tls-certificate and --tls-key: expected both, or none", 2)
-    if not local and tls_key is None and not insecure():
-        missing = "--tls-key and --tls-certificate, or mulligan --insecure"
-        fail(f"--host {host}: without TLS others could read the key on its way. Expected {missing}", 2)
+    _check_tls(host, local, tls_certificate, tls_key)
     key = secrets.token_urlsafe(24) if key_file is None else _read_key(key_file)
     addresses = {"env": env, "policy": policy, "memory": memory, "trainer": trainer}
     try:
@@ -99,17 +90,37 @@ def ui(
         names = ["127.0.0.1", "localhost"] if local else [host, socket.gethostname()]
         own = [f"{_bracketed(one)}:{port}" for one in dict.fromkeys([*(name or []), host, *names])]
         address = f"{'http' if tls_key is None else 'https'}://{own[0] if local or name else own[-1]}"
-        note(f"{'recorded runs' if demo else f'the runs below {folder}'}: {address}")
+        note(f"{'recorded runs' if shown is None else f'the runs below {shown}'}: {address}")
         if not local:
             note(f"with its key: {address}/?key={key}")
         elif not demo:
             note(f"to stop and resume runs, too: {address}/?key={key}")
         files = {"ssl_certfile": tls_certificate, "ssl_keyfile": tls_key}
         access = Access(own, key, port, for_all=not local)
-        if demo:
+        if shown is None:
             _serve_recording(listening, access, files)
         else:
-            _serve(listening, folder.resolve(), endpoints, access, files)
+            _serve(listening, shown.resolve(), endpoints, access, files)
+
+
+def _shown(folder: Path | None, demo: bool) -> Path | None:
+    """The folder whose runs are shown, None for the recording."""
+    if not demo:
+        shown = folder or FOLDER
+        if not shown.is_dir():
+            fail(f"there is no folder {shown} here: expected FOLDER, or --demo for recorded runs", 2)
+        return shown
+    if folder is not None:
+        fail(f"--demo: expected without a folder, not with {folder}", 2)
+    return None
+
+
+def _check_tls(host: str, local: bool, tls_certificate: Path | None, tls_key: Path | None) -> None:
+    if (tls_certificate is None) != (tls_key is None):
+        fail("--tls-certificate and --tls-key: expected both, or none", 2)
+    if not local and tls_key is None and not insecure():
+        missing = "--tls-key and --tls-certificate, or mulligan --insecure"
+        fail(f"--host {host}: without TLS others could read the key on its way. Expected {missing}", 2)
 
 
 def _check_extra() -> None:
@@ -165,10 +176,14 @@ def _run(app: ASGIApp, listening: socket.socket, files: Mapping[str, Any]) -> No
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **files)).run([listening])
 
 
+def _end(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 @contextmanager
 def _removed_folder() -> Iterator[Path]:
     """A folder that is removed at the end, also when SIGTERM ends the program, which uvicorn passes on."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         with tempfile.TemporaryDirectory(prefix="mulligan-demo-") as folder:
             yield Path(folder)

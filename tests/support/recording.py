@@ -42,10 +42,7 @@ from mulligan.trainer.journal import (
 )
 from tests.support.paths import ROOT
 
-ABOUT = (
-    "three runs of the embedded model, which learns FrozenLake. Of the experiences, it has those of two tasks of each "
-    "step, and those that wrote to the memory."
-)
+ABOUT = "three runs of the embedded model on FrozenLake, of each step the experiences of two tasks."
 # The id of each run, its recipe, and settings over it. The memory alone comes first, with the weights of the package.
 RUNS: tuple[tuple[str, str, list[str]], ...] = (
     ("memory-alone", "frozenlake-3x3-memory", ["rollout.tasks_per_step=16", "steps=16"]),
