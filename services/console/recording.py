@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from importlib.resources import as_file, files
 from pathlib import Path
 
 import msgspec
 
-from mulligan.common.inference import CallOptions, Completion, Message, SamplingParams
+from mulligan.common.errors import ServiceUnavailable
+from mulligan.common.inference import CallOptions, Completion, CompletionPart, Message, SamplingParams
 from mulligan.common.reflections import Explained, StoredReflection
 from mulligan.console.services import FoundPolicies, Health, ServiceAnswer
 
@@ -70,6 +71,13 @@ class RecordedServices:
         self, messages: tuple[Message, ...], sampling: SamplingParams, options: CallOptions
     ) -> ServiceAnswer[Completion]:
         return ServiceAnswer(error=_NOT_HERE)
+
+    async def stream(
+        self, messages: tuple[Message, ...], sampling: SamplingParams, options: CallOptions
+    ) -> AsyncIterator[CompletionPart]:
+        """Raises ServiceUnavailable."""
+        raise ServiceUnavailable("the policy service", 0.0, _NOT_HERE)
+        yield  # of no part
 
     async def stop(self, run_id: str) -> ServiceAnswer[object]:
         return ServiceAnswer(error=_NOT_HERE)

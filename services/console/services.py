@@ -18,6 +18,7 @@ from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.inference import (
     CallOptions,
     Completion,
+    CompletionPart,
     Message,
     PolicyInfo,
     PolicyVersion,
@@ -36,7 +37,7 @@ T = TypeVar("T")
 SECONDS = 2.0
 ACTION_SECONDS = 300.0  # a trainer looks at the environment first, a policy loads weights
 MOST_ENTRIES = 5_000  # of the memory that are read, the oldest first
-_ERRORS = (DomainError, CallFailed, ServiceUnavailable)
+ERRORS = (DomainError, CallFailed, ServiceUnavailable)  # of calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,10 @@ class ServicesPort(Protocol):
         self, messages: tuple[Message, ...], sampling: SamplingParams, options: CallOptions
     ) -> ServiceAnswer[Completion]: ...
 
+    def stream(
+        self, messages: tuple[Message, ...], sampling: SamplingParams, options: CallOptions
+    ) -> AsyncIterator[CompletionPart]: ...
+
     async def stop(self, run_id: str) -> ServiceAnswer[object]: ...
 
     async def resume(self, run_id: str) -> ServiceAnswer[object]: ...
@@ -210,6 +215,18 @@ class Services:
             endpoint, connect, lambda client: client.generate(messages, sampling, options), ACTION_SECONDS
         )
 
+    async def stream(
+        self, messages: tuple[Message, ...], sampling: SamplingParams, options: CallOptions
+    ) -> AsyncIterator[CompletionPart]:
+        """As it is sampled, at the server with the fewest calls. Raises one of ERRORS, TimeoutError or OSError."""
+        servers = await self._servers("policy")
+        loads = await gather_or_cancel(map(self._load, servers)) if len(servers) > 1 else [0]
+        able = [(load, number) for number, load in enumerate(loads) if load is not None]
+        chosen = servers[min(able, default=(0, 0))[1]]
+        async with asyncio.timeout(ACTION_SECONDS), _closing(PolicyClient(chosen)) as client:
+            async for part in client.stream(messages, sampling, options=options):
+                yield part
+
     # What changes something. The services decide, by the credential of this program, whether it may.
 
     async def stop(self, run_id: str) -> ServiceAnswer[object]:
@@ -291,7 +308,7 @@ async def _ask_one(
         try:
             async with asyncio.timeout(seconds):
                 return ServiceAnswer(await ask(client))
-        except _ERRORS as error:
+        except ERRORS as error:
             return ServiceAnswer(error=str(error))
         except TimeoutError:
             return ServiceAnswer(error=f"{endpoint.address} did not answer within {seconds:g} s")
