@@ -11,6 +11,7 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
+from mulligan.cli.out import safe
 from mulligan.testing.processes import ServiceProcesses
 from tests.support.console import browser, console
 from tests.support.waiting import wait_until
@@ -68,7 +69,7 @@ def test_an_answer_comes_in_parts(address: str) -> None:
     history = json.loads(end["history"])
     assert [said["role"] for said in history] == ["user", "assistant"] and history[0]["text"] == "one"
     assert history[1]["note"] == end["note"] and "version 0" in end["note"]
-    assert "".join(part["text"] for part in parts) == history[1]["text"]
+    assert "".join(part["text"] for part in parts) == safe(history[1]["text"]), "control characters are written out"
     status, text = post(address, "/chat/stream", {"policy": "nobody"})
     assert status == 200 and "nobody" in json.loads(text)["error"]
     assert post(address, "/chat/stream", {"text": ""})[0] == 400
