@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 from collections import deque
 from collections.abc import Iterator
 from html import unescape
@@ -18,7 +19,9 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from mulligan.console.recording import FILE
 from tests.support.console import browser, demo_console
+from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
 MOST_PAGES = 150  # that are followed
@@ -119,6 +122,14 @@ def test_in_a_browser(address: str) -> None:
 def errors_of(chrome: Chrome) -> list[object]:
     log = chrome.get_log("browser")  # type: ignore[no-untyped-call]
     return [entry for entry in log if entry["level"] in ("SEVERE", "WARNING")]
+
+
+def test_the_recording_is_small_and_names_no_folder_of_its_machine() -> None:
+    file = ROOT / "services" / "console" / FILE
+    assert file.stat().st_size < 1_500_000
+    with tarfile.open(file) as archive:
+        contents = [found.read() for member in archive if (found := archive.extractfile(member)) is not None]
+    assert len(contents) > 400 and not any(re.search(rb"/(tmp|home|root|work)/", content) for content in contents)
 
 
 def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
