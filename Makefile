@@ -165,6 +165,14 @@ demo-lm: $(INSTALLED) ## fetch a real language model of 135 million parameters, 
 model: $(INSTALLED) ## make the embedded model again, from its recipe
 	@$(BIN)/python -m mulligan.models.recipe $(ARGS)
 
+.PHONY: recording
+recording: $(INSTALLED) ## make the recorded runs of `mulligan ui --demo` again: ten minutes on two cores
+	@$(BIN)/python -m tests.support.recording $(ARGS)
+
+.PHONY: screenshots
+screenshots: $(INSTALLED) ## make the pictures of the console in docs/images again; needs Chromium with ChromeDriver
+	@$(BIN)/python -m tests.support.screenshots
+
 .PHONY: bench
 bench: $(INSTALLED) $(OPENENV) ## measure; each benchmark prints its own table
 	@for name in env search memory policy learner run validation scale console; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
