@@ -58,7 +58,7 @@ class _Served:
     async def versions(self) -> dict[int, int]:
         """Their states."""
         listed = await self.admin.ListVersions(admin_pb.ListVersionsRequest())
-        found = {version.policy_version: version.state for version in listed.versions}
+        found: dict[int, int] = {version.policy_version: version.state for version in listed.versions}
         assert len(found) == len(listed.versions), "each once"
         return found
 

@@ -244,7 +244,7 @@ async def watch_run(folder: Path, caller: Vanishing) -> None:
         nonlocal watches
         watches += 1
         events = its.manager.run(its.run_id).events
-        await until(lambda: not events._changed._event._waiters)  # type: ignore[attr-defined]
+        await until(lambda: not events._changed._event._waiters)
         if watches == 4:
             its.policy.go_on.set()
             await its.ended()

@@ -1,4 +1,5 @@
-"""The four services as processes that the judge looks at: tokens, a faulty network before each, recorded calls."""
+"""The four services as processes that the judge looks at: tokens, credentials of runs, a faulty network before each,
+recorded calls."""
 
 from __future__ import annotations
 
@@ -13,10 +14,13 @@ from typing import Any
 
 from mulligan.cli.local import free_ports
 from mulligan.common.access import AccessRole
+from mulligan.common.certificates import write_run_keys
 from mulligan.common.channel import Endpoint
+from mulligan.common.run_credentials import RunGrant, RunKeys
 from mulligan.memory.client import MemoryClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.judge.collector import Collector
+from mulligan.testing.judge.intruders import CREDENTIAL_SECONDS
 from mulligan.testing.judge.network import CallFaults, FaultyCalls
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.trainer.client import RunClient
@@ -51,6 +55,9 @@ class Cluster:
         for role, token in self.tokens.items():
             (self.folder / "tokens" / role).write_text(f"{token}\n")
             (self.folder / f"token-{role}").write_text(f"{token}\n")
+        private, public = self.folder / "run-keys.pem", self.folder / "run-keys-public.pem"
+        write_run_keys(private, public)
+        self.keys = RunKeys(private)
         self.collector = Collector(self.folder / "history")
         self.faketime = next((str(path) for where in _FAKETIME for path in Path("/").glob(where[1:])), "")
         self.processes: dict[str, ServiceProcess] = {}
@@ -70,6 +77,7 @@ class Cluster:
         options = [option for plugin in self.plugins.get(name, ()) for option in ("--plugin", plugin)]
         if name == "trainer":
             options += ["--history", str(self.collector.path), "--caller", name]
+            options += ["--credential-seconds", str(CREDENTIAL_SECONDS)]  # clocks jump
             for state in STATE:
                 options += ["--synced", str(self.copies(state)), str(self.folder / state)]
         return self.services.start(
@@ -93,13 +101,16 @@ class Cluster:
                 "state_folder": self.folder / "policy",
                 "threads": 1,
             },
-            "memory": {"database": self.folder / "memory" / "memory.db"},
+            "memory": {
+                "database": self.folder / "memory" / "memory.db",
+                "run_keys": self.folder / "run-keys-public.pem",
+            },
         }
         if name in others:
             return others[name]
         settings: dict[str, Any] = {"outage_seconds": _OUTAGE_SECONDS, "threads": 1}
         settings |= {"runs_folder": self.folder / "runs", "checkpoint_folder": self.folder / "checkpoints"}
-        settings |= {"weights_folder": self.folder / "weights"}
+        settings |= {"weights_folder": self.folder / "weights", "run_keys": self.folder / "run-keys.pem"}
         for other, role in (("env", "actor"), ("policy", "trainer"), ("memory", "trainer"), ("learner", "trainer")):
             settings[f"{other}_address"] = self.networks["trainer" if other == "learner" else other].address
             settings[f"{other}_token_file"] = self.folder / f"token-{role}"
@@ -124,14 +135,20 @@ class Cluster:
         new.write_text(f"{seconds:+d}\n")
         new.replace(file)
 
-    def endpoint(self, name: str) -> Endpoint:
-        """Past the network."""
-        token = self.tokens[AccessRole.TRAINER]
-        return Endpoint(self.processes[name].address, token=token, outage_seconds=_OUTAGE_SECONDS)
+    def endpoint(self, name: str, credential: str = "") -> Endpoint:
+        """Past the network. The credential is a run's."""
+        return Endpoint(
+            self.processes[name].address,
+            token=self.tokens[AccessRole.TRAINER],
+            run_credential=(lambda: credential) if credential else None,
+            outage_seconds=_OUTAGE_SECONDS,
+        )
 
-    def clients(self) -> tuple[RunClient, PolicyClient, MemoryClient]:
+    def clients(self, run_id: str) -> tuple[RunClient, PolicyClient, MemoryClient]:
+        """Those of who starts the run: the first has its credential."""
+        credential = self.keys.sign(RunGrant(run_id, (run_id,)), CREDENTIAL_SECONDS)
         return (
-            RunClient(self.endpoint("trainer")),
+            RunClient(self.endpoint("trainer", credential)),
             PolicyClient(self.endpoint("policy")),
             MemoryClient(self.endpoint("memory")),
         )

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
 
 from mulligan.common.access import ACCESS, AccessRole, needed_role
 from mulligan.common.tokens import bearer
@@ -17,6 +18,7 @@ from mulligan.env.v1 import env_service_pb2
 from mulligan.memory.v1 import memory_service_pb2
 from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
 from mulligan.testing.judge.access import NO_TOKEN, UNKNOWN_TOKEN
+from mulligan.testing.judge.intruders import Intruders
 from mulligan.testing.judge.recorder import CallRecorder
 from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
 
@@ -37,7 +39,7 @@ _SECONDS = 5.0  # of a call
 
 class Strangers:
     """`addresses` are those of the services, each with the full names of what it serves. `tokens` are of roles.
-    `pause` is the time between two calls, in seconds."""
+    Every second call is one of the `intruders`. `pause` is the time between two calls, in seconds."""
 
     def __init__(
         self,
@@ -45,8 +47,11 @@ class Strangers:
         tokens: Mapping[AccessRole, str],
         recorder: CallRecorder,
         chance: random.Random,
+        intruders: Intruders,
         pause: float = 0.2,
     ):
+        self._address = {service: address for address, services in addresses.items() for service in services}
+        self._intruders = intruders
         self._calls = [
             (address, f"/{service}/{call}")
             for address, services in addresses.items()
@@ -67,6 +72,10 @@ class Strangers:
                 address, method = self._chance.choice(self._calls)
                 await self._try(channels[address], method)
                 await asyncio.sleep(self._pause)
+                method, request = await self._intruders.request(lambda service: channels[self._address[service]])
+                channel = channels[self._address[method.split("/")[1]]]
+                await self._call(channel, method, request, *self._intruders.credential())
+                await asyncio.sleep(self._pause)
         finally:
             for channel in channels.values():
                 await channel.close()
@@ -76,12 +85,16 @@ class Strangers:
         less = [role for role in self._tokens if needed is not None and not role.includes(needed)]
         credential = self._chance.choice([NO_TOKEN, UNKNOWN_TOKEN, *less])
         token = "no-token-of-anybody" if credential == UNKNOWN_TOKEN else self._tokens.get(credential)  # type: ignore[call-overload]
-        request, answer = _kinds(method)
-        number = self._recorder.begin(method, request(), credential)
+        await self._call(channel, method, _kinds(method)[0](), credential, bearer(token) if token else None)
+
+    async def _call(
+        self, channel: grpc.aio.Channel, method: str, request: Message, credential: str, metadata: Any
+    ) -> None:
+        number = self._recorder.begin(method, request, credential)
         self.made += 1
-        call: Any = channel.stream_stream(method, lambda one: one.SerializeToString(), answer.FromString)
+        call: Any = channel.stream_stream(method, lambda one: one.SerializeToString(), _kinds(method)[1].FromString)
         try:
-            answers = call(iter([request()]), timeout=_SECONDS, metadata=bearer(token) if token else None)
+            answers = call(iter([request]), timeout=_SECONDS, metadata=metadata)
             self._recorder.end(number, [one async for one in answers])
         except grpc.aio.AioRpcError as error:
             self._recorder.end(number, None, error)
