@@ -254,7 +254,19 @@ class Certificates:
         """A private key for the trainer, if it has none; its public one for the memory service, before others that are
         there. Raises BadCertificates for a file without a private key."""
         private, public = (self.folder / "services" / name / "run-keys.pem" for name in ("trainer", "memory"))
-        write_run_keys(private, public)
+        if not private.exists():
+            made = Ed25519PrivateKey.generate()
+            key = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+            files.replace(private, made.private_bytes(*key), 0o600)
+        try:
+            signing = serialization.load_pem_private_key(private.read_bytes(), None)
+        except ValueError as error:
+            raise BadCertificates(f"{private}: expected a private key first: {error}") from error
+        form = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        wanted = signing.public_key().public_bytes(*form)
+        known = public.read_bytes() if public.exists() else b""
+        if wanted not in known:
+            files.replace(public, wanted + known, 0o600)
         self._set_mode(private, public)
 
     # Certificates
@@ -315,24 +327,6 @@ class Certificates:
             raise BadCertificates(f"{self.folder}: another process makes certificates there") from error
         with lock:
             yield
-
-
-def write_run_keys(private: Path, public: Path) -> None:
-    """Makes the private key of credentials of runs, if the file is not there, and writes its public one before others
-    that are in that file. Raises BadCertificates for a file without a private key."""
-    if not private.exists():
-        made = Ed25519PrivateKey.generate()
-        key = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        files.replace(private, made.private_bytes(*key), 0o600)
-    try:
-        signing = serialization.load_pem_private_key(private.read_bytes(), None)
-    except ValueError as error:
-        raise BadCertificates(f"{private}: expected a private key first: {error}") from error
-    form = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    wanted = signing.public_key().public_bytes(*form)
-    known = public.read_bytes() if public.exists() else b""
-    if wanted not in known:
-        files.replace(public, wanted + known, 0o600)
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:

@@ -1,5 +1,5 @@
-"""The four services as processes that the judge looks at: tokens, credentials of runs, a faulty network before each,
-recorded calls."""
+"""The four services as processes that the judge looks at: TLS, tokens, credentials of runs, a faulty network
+before each, recorded calls."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import Any
 
 from mulligan.cli.local import free_ports
 from mulligan.common.access import AccessRole
-from mulligan.common.certificates import write_run_keys
+from mulligan.common.certificates import Certificates
 from mulligan.common.channel import Endpoint
 from mulligan.common.run_credentials import RunGrant, RunKeys
+from mulligan.common.tls import ClientTls
 from mulligan.memory.client import MemoryClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.judge.collector import Collector
@@ -55,19 +56,23 @@ class Cluster:
         for role, token in self.tokens.items():
             (self.folder / "tokens" / role).write_text(f"{token}\n")
             (self.folder / f"token-{role}").write_text(f"{token}\n")
-        private, public = self.folder / "run-keys.pem", self.folder / "run-keys-public.pem"
-        write_run_keys(private, public)
-        self.keys = RunKeys(private)
+        Certificates(self.folder / "certs").update()  # and keys of runs
+        self.keys = RunKeys(self._certified("trainer", "run-keys.pem"))
+        self.ca = self._certified("trainer", "ca.crt")
         self.collector = Collector(self.folder / "history")
         self.faketime = next((str(path) for where in _FAKETIME for path in Path("/").glob(where[1:])), "")
         self.processes: dict[str, ServiceProcess] = {}
         self.networks: dict[str, FaultyCalls] = {}
 
+    def _certified(self, name: str, file: str) -> Path:
+        return self.folder / "certs" / "services" / name / file
+
     async def start(self) -> None:
         address = {name: f"127.0.0.1:{port}" for name, port in free_ports().items()}
         for name in NAMES:
             seed = random.Random(self.chance.random())
-            self.networks[name] = FaultyCalls(lambda target=address[name]: target, self.faults, seed)  # type: ignore[misc]
+            network = FaultyCalls(lambda target=address[name]: target, self.faults, seed, ca=self.ca.read_bytes())  # type: ignore[misc]
+            self.networks[name] = network
             await self.networks[name].start()
         with ThreadPoolExecutor() as pool:  # all at once: importing torch takes seconds
             started = {name: pool.submit(self._start, name, address[name]) for name in NAMES}
@@ -87,6 +92,8 @@ class Cluster:
             start_seconds=_OUTAGE_SECONDS,
             program=[*_LAUNCH, *options, name],
             tokens_folder=self.folder / "tokens",
+            tls_certificate=self._certified(name, "tls.crt"),
+            tls_key=self._certified(name, "tls.key"),
             **self._settings(name),
         )
 
@@ -103,14 +110,14 @@ class Cluster:
             },
             "memory": {
                 "database": self.folder / "memory" / "memory.db",
-                "run_keys": self.folder / "run-keys-public.pem",
+                "run_keys": self._certified(name, "run-keys.pem"),
             },
         }
         if name in others:
             return others[name]
         settings: dict[str, Any] = {"outage_seconds": _OUTAGE_SECONDS, "threads": 1}
         settings |= {"runs_folder": self.folder / "runs", "checkpoint_folder": self.folder / "checkpoints"}
-        settings |= {"weights_folder": self.folder / "weights", "run_keys": self.folder / "run-keys.pem"}
+        settings |= {"weights_folder": self.folder / "weights", "run_keys": self._certified(name, "run-keys.pem")}
         for other, role in (("env", "actor"), ("policy", "trainer"), ("memory", "trainer"), ("learner", "trainer")):
             settings[f"{other}_address"] = self.networks["trainer" if other == "learner" else other].address
             settings[f"{other}_token_file"] = self.folder / f"token-{role}"
@@ -141,6 +148,7 @@ class Cluster:
             self.processes[name].address,
             token=self.tokens[AccessRole.TRAINER],
             run_credential=(lambda: credential) if credential else None,
+            tls=ClientTls(self.ca),
             outage_seconds=_OUTAGE_SECONDS,
         )
 

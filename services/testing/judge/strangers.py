@@ -19,6 +19,7 @@ from mulligan.memory.v1 import memory_service_pb2
 from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
 from mulligan.testing.judge.access import NO_TOKEN, UNKNOWN_TOKEN
 from mulligan.testing.judge.intruders import Intruders
+from mulligan.testing.judge.network import channel_to
 from mulligan.testing.judge.recorder import CallRecorder
 from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
 
@@ -39,7 +40,8 @@ _SECONDS = 5.0  # of a call
 
 class Strangers:
     """`addresses` are those of the services, each with the full names of what it serves. `tokens` are of roles.
-    Every second call is one of the `intruders`. `pause` is the time between two calls, in seconds."""
+    Every second call is one of the `intruders`. `pause` is the time between two calls, in seconds. With
+    `ca`, authorities to trust, they speak TLS."""
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Strangers:
         chance: random.Random,
         intruders: Intruders,
         pause: float = 0.2,
+        ca: bytes = b"",
     ):
         self._address = {service: address for address, services in addresses.items() for service in services}
         self._intruders = intruders
@@ -62,11 +65,12 @@ class Strangers:
         self._recorder = recorder
         self._chance = chance
         self._pause = pause
+        self._ca = ca
         self.made = 0
 
     async def try_on(self) -> None:
         """Until it is cancelled."""
-        channels = {address: grpc.aio.insecure_channel(address) for address, _ in self._calls}
+        channels = {address: channel_to(address, self._ca) for address, _ in self._calls}
         try:
             while True:
                 address, method = self._chance.choice(self._calls)

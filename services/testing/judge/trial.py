@@ -131,7 +131,8 @@ async def _train(
     try:
         async with asyncio.timeout(_RUN_SECONDS), asyncio.TaskGroup() as group:
             intruders = Intruders(RUN_ID, cluster.tokens[AccessRole.TRAINER], cluster.keys, chance)
-            strangers = group.create_task(Strangers(addresses, tokens, record, chance, intruders).try_on())
+            trying = Strangers(addresses, tokens, record, chance, intruders, ca=cluster.ca.read_bytes())
+            strangers = group.create_task(trying.try_on())
             await clients[0].start(RUN_ID, settings)
             raging = group.create_task(nemesis.rage(troubles))
             running = group.create_task(_ended(clients[0]))
