@@ -10,19 +10,21 @@ episode delays no other. Steps are exactly-once, so repeating them is safe.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import grpc
 import structlog
 
 from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable, invalid_field
 from mulligan.common.status import domain_error
 from mulligan.common.suggest import did_you_mean
-from mulligan.common.tasks import cancel
+from mulligan.common.tasks import cancel, to_its_end
 from mulligan.common.tracing import Origin, origin, span
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
 from mulligan.env.v1 import env_service_pb2 as pb
@@ -38,6 +40,7 @@ _MAX_CALLS = 64  # concurrent calls other than steps; thousands of starts at onc
 _FIRST_WAIT_SECONDS = 0.05
 _STILL_RUNS = ("DEADLINE_EXCEEDED", "the step still runs")
 _PAGE_SIZE = 1000
+_GIVE_UP_SECONDS = 2.0
 _CALLS_PER_LEASE = 3  # two may be lost or late
 _SHORTEST_WAIT_SECONDS = 0.02
 _SPLITS = {Split.TRAIN: pb.SPLIT_TRAIN, Split.TEST: pb.SPLIT_TEST}
@@ -83,15 +86,29 @@ class EnvClient:
 
     async def start(self, environment: str, task_id: str, episode_id: str) -> RemoteEpisode:
         request = pb.StartEpisodeRequest(episode_id=episode_id, environment=environment, task_id=task_id)
-        return await self._begin(episode_id, partial(self._call, self._stub.StartEpisode, request))
+        return await self._begin(episode_id, self._stub.StartEpisode, request)
 
     async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> RemoteEpisode:
         """Starts another episode in the state of this one after `step_index` steps."""
         request = pb.ForkEpisodeRequest(episode_id=episode_id, step_index=step_index, new_episode_id=new_episode_id)
-        return await self._begin(new_episode_id, partial(self._call, self._stub.ForkEpisode, request), step_index)
+        return await self._begin(new_episode_id, self._stub.ForkEpisode, request, step_index)
 
-    async def _begin(self, episode_id: str, call: Callable[[], Awaitable[Any]], next_step: int = 0) -> RemoteEpisode:
-        return RemoteEpisode(episode_id, self, await call(), call, next_step)
+    async def _begin(
+        self, episode_id: str, method: Callable[..., Awaitable[Any]], request: Any, next_step: int = 0
+    ) -> RemoteEpisode:
+        async with self._places:
+            try:
+                begun = await self._connection.call(method, request, timeout=self._timeout)
+            except asyncio.CancelledError:  # it may have begun all the same, and would take a place during its lease
+                await to_its_end(self._give_up(episode_id))
+                raise
+        return RemoteEpisode(episode_id, self, begun, partial(self._call, method, request), next_step)
+
+    async def _give_up(self, episode_id: str) -> None:
+        """Ends an episode that nobody will play, if its server answers soon."""
+        request = pb.EndEpisodeRequest(episode_id=episode_id)
+        with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):  # the second: the channel is closed
+            await self._stub.EndEpisode(request, timeout=_GIVE_UP_SECONDS, metadata=self._connection.metadata)
 
     async def step(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
         """Plays one step. A repetition with the same action returns the same answer."""

@@ -19,6 +19,7 @@ from mulligan.common.inference import (
     StopReason,
 )
 from mulligan.common.rewards import reaches, total
+from mulligan.common.tasks import to_its_end
 from mulligan.common.thoughts import without_thoughts
 from mulligan.common.tracing import span
 from mulligan.common.types import EnvironmentInfo, Outcome
@@ -394,8 +395,8 @@ def _outcome_of(failure: DomainError | CallFailed, blame: Outcome) -> Outcome:
 
 
 async def _end(episode: EpisodeHandle) -> None:
-    """Ends an episode. One that cannot be reached expires by itself."""
+    """Ends an episode, also if the caller is cancelled meanwhile. One that cannot be reached expires by itself."""
     try:
-        await episode.end()
+        await to_its_end(episode.end())
     except (DomainError, CallFailed):
         return

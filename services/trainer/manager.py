@@ -17,7 +17,7 @@ from cachetools import LRUCache
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import make_folder
-from mulligan.common.tasks import cancel
+from mulligan.common.tasks import cancel, to_its_end
 from mulligan.common.tracing import untraced
 from mulligan.common.types import Split
 from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
@@ -212,7 +212,7 @@ class RunManager:
                 await learner.load_checkpoint(checkpoint.name)
                 await (await self._services.actor(run.settings, learner, run.notice)).publish()
             finally:
-                await learner.close()
+                await to_its_end(learner.close())  # it holds a place; the caller may leave at this very moment
         finally:
             self._busy_with = ""
 
