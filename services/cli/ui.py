@@ -6,6 +6,7 @@ import secrets
 import socket
 import string
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from mulligan.cli.connection import (
 )
 from mulligan.cli.local_tokens import NotPrivate, check_private
 from mulligan.cli.out import fail, note
+from mulligan.cli.run_credentials import kept_credential
 from mulligan.common.addresses import Addresses
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import ServiceUnavailable
@@ -112,7 +114,8 @@ def _serve(
     from mulligan.console.watcher import Watcher
 
     index = ExperienceIndex(index_file(folder))
-    app = make_app(Watcher(Library(folder), index), index, Services(endpoints), access)
+    services = Services(endpoints, partial(kept_credential, endpoints["trainer"].address))
+    app = make_app(Watcher(Library(folder), index), index, services, access)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **files)).run([listening])
     index.close()
 
