@@ -170,17 +170,21 @@ class RunGuard:
         """Whether it refuses anything."""
         return self._keys is not None
 
-    def check_scopes(self, context: Any, *scopes: str) -> None:
-        """Raises DomainError RUN_CREDENTIAL unless the caller may write to these scopes of the memory."""
+    def check_scopes(self, context: Any, *scopes: str, why: str = "") -> None:
+        """Raises DomainError RUN_CREDENTIAL unless the caller may write to these scopes of the memory. The message ends
+        with `why`."""
         for scope in scopes:
             if problem := self._problem(context, RunGrant(scopes=(scope,))):
-                message = f"writes to the scope {scope!r} need a credential for it, as `{RUN_CREDENTIAL}`: {problem}"
+                message = (
+                    f"writes to the scope {scope!r} need a credential for it, as `{RUN_CREDENTIAL}`: {problem}{why}"
+                )
                 raise DomainError(Reason.RUN_CREDENTIAL, message, scope=scope)
 
-    def check_learner(self, context: Any, learner_id: str) -> None:
-        """Raises DomainError RUN_CREDENTIAL unless the caller may use the learner."""
+    def check_learner(self, context: Any, learner_id: str, *, why: str = "") -> None:
+        """Raises DomainError RUN_CREDENTIAL unless the caller may use the learner. The message ends with `why`."""
         if problem := self._problem(context, RunGrant(run_id=learner_id)):
-            message = f"the learner {learner_id!r} needs the credential of its run, as `{RUN_CREDENTIAL}`: {problem}"
+            needed = f"the learner {learner_id!r} needs the credential of its run, as `{RUN_CREDENTIAL}`"
+            message = f"{needed}: {problem}{why}"
             raise DomainError(Reason.RUN_CREDENTIAL, message, learner_id=learner_id)
 
     def check_run(self, context: Any, run_id: str) -> None:

@@ -17,7 +17,7 @@ from mulligan.trainer.activity import Activity
 from mulligan.trainer.admission import RunAdmission
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
-from mulligan.trainer.manager import RunManager
+from mulligan.trainer.manager import RunManager, check_run_id
 from mulligan.trainer.metrics import EvaluationProgress
 from mulligan.trainer.run import Run
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
@@ -56,9 +56,10 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
 
     async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:
         settings = settings_from_proto(request.config)
-        new = not self._manager.exists(request.run_id)
-        if new:
-            self._admission.check(context, request.run_id, settings)
+        check_run_id(request.run_id)  # before anything is looked up by it
+        if not self._manager.exists(request.run_id):
+            await self._admission.check(context, request.run_id, settings)
+        new = not self._manager.exists(request.run_id)  # looked again: another call may have started it meanwhile
         run = self._manager.start(request.run_id, settings)
         credential = self._admission.credential(context, run.run_id, run.settings, new=new)
         return pb.StartRunResponse(run=self._message(run), credential=credential)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 from mulligan.cli import connection, run_credentials, stop, train
 from mulligan.common.access import AccessRole
 from mulligan.common.channel import Endpoint
-from mulligan.common.errors import Code, DomainError, Reason
+from mulligan.common.errors import Code, DomainError, Reason, ServiceUnavailable
 from mulligan.common.run_credentials import RunGrant, RunKeys
 from mulligan.common.server import RequestInterceptor
 from mulligan.common.status import from_rpc_error
@@ -144,10 +145,33 @@ def _add_learners(servicer: LearnerServicer, server: grpc.aio.Server) -> None:
     add_learners(server, servicer)
 
 
+class Used:
+    """What others have in the memory and at the learner. It can be away, or refuse the trainer."""
+
+    def __init__(self) -> None:
+        self.versions: dict[str, int] = {}
+        self.learners: list[str] = []
+        self.error: Exception | None = None
+        self.looks: list[str] = []
+        self.together: asyncio.Barrier | None = None
+
+    async def snapshot(self, scope: str) -> int:
+        self.looks.append(scope)
+        if self.together is not None:
+            await self.together.wait()
+        if self.error is not None:
+            raise self.error
+        return self.versions.get(scope, 0)
+
+    async def learner_ids(self) -> list[str]:
+        return self.learners
+
+
 class Runs:
     """RunService over gRPC, with runs of fakes."""
 
-    def __init__(self, endpoint: Endpoint, stub: run_service_pb2_grpc.RunServiceStub, keys: RunKeys):
+    def __init__(self, endpoint: Endpoint, stub: run_service_pb2_grpc.RunServiceStub, keys: RunKeys, used: Used):
+        self.used = used
         self.endpoint = endpoint
         self.stub = stub
         self.keys = keys
@@ -159,6 +183,13 @@ class Runs:
         answer = await self.stub.StartRun(request, metadata=metadata)
         assert answer.run.run_id == run_id
         return str(answer.credential)
+
+    async def ended(self, run_id: str) -> None:
+        watched = self.stub.WatchRun(
+            run_pb.WatchRunRequest(run_id=run_id), metadata=bearer(token_of(AccessRole.READER))
+        )
+        async for _ in watched:
+            pass
 
     async def evaluation(self, run_id: str, metadata: tuple[tuple[str, str], ...]) -> None:
         """Streams one, in an environment that is not there."""
@@ -178,9 +209,11 @@ async def runs(tmp_path: Path, world: World) -> AsyncIterator[Runs]:
     manager = RunManager(settings.runs_folder, world.run().services)
     keys = settings.keys
     assert keys is not None
-    async with serving(settings, lambda server: add_runs(server, manager, settings.admission)) as endpoint:
+    used = Used()
+    admission = settings.admission(used.snapshot, used.learner_ids)
+    async with serving(settings, lambda server: add_runs(server, manager, admission)) as endpoint:
         async with grpc.aio.insecure_channel(endpoint.address) as channel:
-            yield Runs(endpoint, run_service_pb2_grpc.RunServiceStub(channel), keys)
+            yield Runs(endpoint, run_service_pb2_grpc.RunServiceStub(channel), keys, used)
         await manager.close()
 
 
@@ -215,6 +248,59 @@ async def test_a_run_writes_to_its_own_scope_or_a_shared_one_or_one_that_its_cal
     team = runs.keys.sign(RunGrant("", ("team",)), 60)
     given = await runs.start("ours", scoped(settings, "team"), AccessRole.TRAINER, team)
     assert runs.keys.verify(given) == RunGrant("ours", ("team",))
+
+
+async def test_a_new_run_gets_no_credential_for_what_others_have(runs: Runs, world: World, tmp_path: Path) -> None:
+    """Such as a loop of somebody's own, with a credential of `mulligan token`, or a run of another trainer."""
+    settings = scoped(world.folder.settings(), "")
+    runs.used.versions = {"my-loop": 3}
+    runs.used.learners = ["my-learner"]
+    (tmp_path / "checkpoints" / "my-checkpoint").mkdir(parents=True)
+    trainer = AccessRole.TRAINER
+    for run_id, metadata in (
+        ("my-loop", {"scope": "my-loop"}),
+        ("my-learner", {"learner_id": "my-learner"}),
+        ("my-checkpoint", {"learner_id": "my-checkpoint"}),
+    ):
+        for wrong in ("", runs.keys.sign(RunGrant("other", ("other",)), 60)):
+            error = await refused(runs.start(run_id, settings, trainer, wrong))
+            assert error.metadata == metadata and "so a new run needs another run_id" in error.message
+        listed = (await runs.stub.ListRuns(run_pb.ListRunsRequest(), metadata=caller(""))).runs
+        assert run_id not in {one.run_id for one in listed}, "nothing was made"
+        owner = runs.keys.sign(RunGrant(run_id, (run_id,)), 60)
+        given = await runs.start(run_id, settings, trainer, owner)
+        assert runs.keys.verify(given) == RunGrant(run_id, (run_id,))
+        await runs.ended(run_id)
+    runs.used.learners.append("another")
+    shared = await refused(runs.start("another", scoped(settings, "global"), trainer))
+    assert shared.metadata == {"learner_id": "another"}
+    await runs.start("free", settings, trainer)
+    assert "free" in runs.used.looks
+    await runs.ended("free")
+    runs.used.versions["admins-may"] = 1
+    await runs.start("admins-may", settings, AccessRole.ADMIN)
+    assert "admins-may" not in runs.used.looks
+
+
+async def test_a_run_is_refused_while_nobody_can_say_whether_its_id_is_free(runs: Runs, world: World) -> None:
+    settings = scoped(world.folder.settings(), "")
+    for error in (
+        ServiceUnavailable("memory:50053", 5, "away"),
+        DomainError(Reason.BAD_CREDENTIAL, "the trainer's token is unknown"),
+    ):
+        runs.used.error = error
+        told = await refused(runs.start("new", settings, AccessRole.TRAINER), Reason.SERVICE_UNAVAILABLE)
+        assert told.metadata == {"endpoint": "memory"} and str(error) in told.message
+    before = len(runs.used.looks)
+    await refused(runs.start("../runs", settings, AccessRole.TRAINER), Reason.INVALID_FIELD)
+    assert len(runs.used.looks) == before, "nothing is looked up by what is no id"
+
+
+async def test_of_two_who_start_one_run_at_once_one_gets_its_credential(runs: Runs, world: World) -> None:
+    settings = scoped(world.folder.settings(), "")
+    runs.used.together = asyncio.Barrier(2)  # both found no run when they looked
+    given = await asyncio.gather(*(runs.start("one", settings, AccessRole.TRAINER) for _ in range(2)))
+    assert sorted(map(bool, given)) == [False, True]
 
 
 async def test_a_run_of_a_model_outside_is_refused_at_once(runs: Runs, world: World) -> None:
