@@ -415,6 +415,8 @@ def run(settings: ServiceSettings, main: Callable[[], Awaitable[None]]) -> None:
     """Runs the main coroutine of a service. On an OSError, such as a taken port, it prints one line and exits with
     status 2."""
     configure_logging(settings)
+    for text in settings.warnings:
+        log.warning(text)
     # The garbage collector would scan what is kept and all loaded modules again and again: a quarter of the cost of an
     # environment's step.
     gc.freeze()
