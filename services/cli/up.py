@@ -67,13 +67,9 @@ def up(
     keep_files_private()
     try:
         configs = _configs(config, env_config, policy_config)
+        addresses = _addresses(port_base, configs.get("env"))
         services = LocalServices(
-            folder,
-            model=model,
-            configs=configs,
-            models_folder=models_folder,
-            addresses=_addresses(port_base, configs.get("env")),
-            log_level=log_level,
+            folder, model=model, configs=configs, models_folder=models_folder, addresses=addresses, log_level=log_level
         )
         asyncio.run(_up(services))
     except (ServiceFailed, OSError, ValueError) as error:
