@@ -58,7 +58,7 @@ class BackendSettings(PluginSettings):
     def unprotected(self) -> tuple[str, str] | None:
         """The field with an address that a secret must not go to, and why."""
         allows = "insecure" in type(self).model_fields
-        insecure = allows and bool(self.insecure)
+        insecure = bool(dict(self).get("insecure"))
         for name, secrets in self.credentials.items():
             if any(getattr(self, secret) for secret in secrets):
                 for address in filter(None, self.addresses(name)):
