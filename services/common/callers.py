@@ -134,12 +134,12 @@ class Visit:
             raise DomainError(Reason.CALLER_LIMIT, text, limit="idle_seconds") from None
 
     def take(self, size: int) -> None:
-        """As `hold`, of a single request. Raises CALLER_LIMIT for one that is too large."""
+        """As `hold`, of a single request. Raises MALFORMED_MESSAGE for one that is too large to be one of this call."""
         self.hold(size)
         most = self._callers.limits.request_bytes
         if most and size > most:
             text = f"a request of {size} bytes: expected at most {most} of a call that needs no credential"
-            raise DomainError(Reason.CALLER_LIMIT, text, limit="request_bytes")
+            raise DomainError(Reason.MALFORMED_MESSAGE, text)
 
     def hold(self, size: int) -> None:
         """Counts bytes of a request or an answer until the end of the call."""
