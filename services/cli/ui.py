@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ from mulligan.cli.connection import (
 )
 from mulligan.cli.local_tokens import NotPrivate, check_private
 from mulligan.cli.out import fail, note
+from mulligan.cli.run_credentials import kept_credential
 from mulligan.common.addresses import Addresses
 from mulligan.common.channel import Endpoint, UnprotectedToken, check_protection, for_servers
 from mulligan.common.errors import ServiceUnavailable
@@ -147,8 +149,9 @@ def _serve(
     from mulligan.console.services import Services
     from mulligan.console.watcher import Watcher
 
+    services = Services(endpoints, partial(kept_credential, endpoints["trainer"].address))
     with contextlib.closing(ExperienceIndex(index_file(folder))) as index:
-        _run(make_app(Watcher(Library(folder), index), index, Services(endpoints), access), listening, files)
+        _run(make_app(Watcher(Library(folder), index), index, services, access), listening, files)
 
 
 def _serve_recording(listening: socket.socket, access: Access, files: Mapping[str, Any]) -> None:

@@ -142,6 +142,11 @@ class ServiceSettings(BaseSettings):
         return self.otlp_endpoint or next((found for name in variables if (found := os.environ.get(name))), "")
 
     @property
+    def warnings(self) -> list[str]:
+        """What whoever starts the service should know of these settings."""
+        return []
+
+    @property
     def caller_limits(self) -> CallerLimits:
         messages = max(1, self.max_caller_bytes // self.max_message_bytes // 2)
         return CallerLimits(

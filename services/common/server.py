@@ -17,7 +17,9 @@ from grpc_reflection.v1alpha import reflection
 
 from mulligan.common.access import AccessRole, needed_role, role_of_names
 from mulligan.common.callers import (
+    CHECK_LIMITS,
     PROBE_LIMITS,
+    WATCH_LIMITS,
     CallerLimits,
     Callers,
     Visit,
@@ -107,7 +109,13 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self._own_deadline = TimeLimit(default_deadline)
         self._writing = TimeLimit(write_seconds)
         self.callers = Callers(limits or CallerLimits())
+        # Callers without a credential. What one kind of call uses is not missing to another, such as a container's
+        # health check.
         self._probing = Callers(PROBE_LIMITS)
+        self._checks = {
+            "/grpc.health.v1.Health/Check": Callers(CHECK_LIMITS),
+            "/grpc.health.v1.Health/Watch": Callers(WATCH_LIMITS),
+        }
         self._handlers: dict[str, _Handler] = {}
 
     async def intercept_service(
@@ -146,7 +154,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         """Raises the DomainError that refuses the call."""
         needed = needed_role(guarded.method)
         if needed is None:
-            visit = Visit(self._probing, by_address(context.peer()), guarded.streams_requests)
+            callers = self._checks.get(guarded.method, self._probing)
+            visit = Visit(callers, by_address(context.peer()), guarded.streams_requests)
         else:
             key = self._identify(guarded.method, needed, context)
             current_caller.set(key)
@@ -227,7 +236,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         received = await visit.receive(context.read)
         if received is grpc.aio.EOF:
             raise DomainError(Reason.MALFORMED_MESSAGE, "the call has no request")
-        visit.hold(received.size)
+        visit.take(received.size)
         logged.request = received.message
         return _checked(received)
 
@@ -414,6 +423,8 @@ def run(settings: ServiceSettings, main: Callable[[], Awaitable[None]]) -> None:
     status 2."""
     configure_logging(settings)
     _configure_tracing(settings)
+    for text in settings.warnings:
+        log.warning(text)
     # The garbage collector would scan what is kept and all loaded modules again and again: a quarter of the cost of an
     # environment's step.
     gc.freeze()

@@ -140,9 +140,11 @@ class ServicesPort(Protocol):
 
 
 class Services:
-    """`endpoints` by name: env, policy, memory, trainer. The address of each may name several servers."""
+    """`endpoints` by name: env, policy, memory, trainer. The address of each may name several servers. `credential_of`
+    finds the credential of a run by its id, or "", and raises OSError."""
 
-    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+    def __init__(self, endpoints: Mapping[str, Endpoint], credential_of: Callable[[str], str] = lambda _: "") -> None:
+        self._credential_of = credential_of
         self._endpoints = {name: replace(one, outage_seconds=SECONDS) for name, one in endpoints.items()}
 
     async def health(self) -> Sequence[Health]:
@@ -230,10 +232,25 @@ class Services:
     # What changes something. The services decide, by the credential of this program, whether it may.
 
     async def stop(self, run_id: str) -> ServiceAnswer[object]:
-        return await self._ask("trainer", RunClient, lambda client: client.stop(run_id))
+        return await self._act(run_id, lambda client: client.stop(run_id), 5 * SECONDS)
 
     async def resume(self, run_id: str) -> ServiceAnswer[object]:
-        return await self._ask("trainer", RunClient, lambda client: client.resume(run_id), ACTION_SECONDS)
+        return await self._act(run_id, lambda client: client.resume(run_id), ACTION_SECONDS)
+
+    async def _act(
+        self, run_id: str, act: Callable[[RunClient], Awaitable[object]], seconds: float
+    ) -> ServiceAnswer[object]:
+        """Acts upon a run, with its credential."""
+        try:
+            credential = self._credential_of(run_id)
+        except OSError as error:
+            return ServiceAnswer(error=str(error))
+
+        def ask(client: RunClient) -> Awaitable[object]:
+            client.credentials |= {run_id: credential} if credential else {}
+            return act(client)
+
+        return await self._ask("trainer", RunClient, ask, seconds)
 
     async def roll_back(self, policy: str, version: int) -> ServiceAnswer[object]:
         """At all servers. Nothing is changed where one of them is away, or does not keep the version."""

@@ -40,6 +40,12 @@ _RECENT_EVENTS = 200_000  # of runs that are kept in memory; one has a few kilob
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+def check_run_id(run_id: str) -> None:
+    """Raises INVALID_FIELD for what cannot be the id of a run."""
+    if not _RUN_ID.fullmatch(run_id):
+        raise invalid_field("run_id", "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit")
+
+
 class RunManager:
     """Keeps one folder per run below `folder`, and trains at most one run at a time.
 
@@ -122,8 +128,7 @@ class RunManager:
         return bool(_RUN_ID.fullmatch(run_id)) and RunFolder(self._folder / run_id).exists
 
     def start(self, run_id: str, settings: RunSettings) -> Run:
-        if not _RUN_ID.fullmatch(run_id):
-            raise invalid_field("run_id", "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit")
+        check_run_id(run_id)
         folder = RunFolder(self._folder / run_id)
         if folder.exists:
             if folder.settings() != settings:
