@@ -45,8 +45,7 @@ def is_damage(error: BaseException) -> bool:
 
 
 def structure_problems(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with the database's pages. Indexes that differ from their tables are made anew before. Raises
-    sqlite3.DatabaseError."""
+    """What is wrong with the database's pages. Indexes that differ from their tables are made anew before."""
     if not (found := _integrity(db)):
         return []
     try:
@@ -59,7 +58,13 @@ def structure_problems(db: sqlite3.Connection) -> list[str]:
 
 
 def _integrity(db: sqlite3.Connection) -> list[str]:
-    lines = [line for (text,) in db.execute("PRAGMA integrity_check(5)") for line in str(text).splitlines()]
+    try:
+        found = db.execute("PRAGMA integrity_check(5)").fetchall()
+    except sqlite3.DatabaseError as error:
+        if is_damage(error):
+            return [str(error)]
+        raise
+    lines = [line for (text,) in found for line in str(text).splitlines()]
     return [] if lines == ["ok"] else lines
 
 

@@ -29,10 +29,12 @@ from mulligan.memory.stores._sql import writes
 from mulligan.memory.stores._sql.migrate import migrate
 from mulligan.memory.stores._sql.store import SqlStore, plain_errors
 from mulligan.memory.stores._sql.sums import with_damage
+from mulligan.memory.stores._sql.tables import metadata
 from mulligan.memory.stores._sql.worker import Call, Worker
 
 R = TypeVar("R")
 
+_RESTORE = "Put a copy of the database back."
 _ADVICE = "Put a copy of the database back, or erase the entry that is damaged."
 _LOOKED_AT_BYTES = 2**26  # a larger file takes long; its damage is told when it is read
 
@@ -152,16 +154,28 @@ def _open(path: Path, damage: Damage) -> sa.Connection:
                 sqlite.execute(f"PRAGMA {setting}")
             with connection.begin():
                 migrate(connection, str(path))
+            _check_schema(connection, path)
             if _look(sqlite, path, damage):
                 _clean(connection, path)
     except (sqlite3.Error, UnicodeError) as error:
         connection.close()
-        advice = f". {_ADVICE}" if is_damage(error) else ""
+        advice = f". {_RESTORE}" if is_damage(error) else ""
         raise StoreError(f"database: cannot use {path}: {error}{advice}") from error
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _check_schema(connection: sa.Connection, path: Path) -> None:
+    """Raises StoreError where a damaged schema names other columns or types than this release makes."""
+    for table in metadata.sorted_tables:
+        rows = _sqlite(connection).execute(f"PRAGMA table_info({table.name})")
+        found = {name: kind for _, name, kind, *_ in rows}
+        made = {column.name: column.type.compile(connection.dialect) for column in table.columns}
+        if found != made:
+            wrong = sorted(name for name, _ in found.items() ^ made.items())[0]
+            raise StoreError(f"database: the schema of {path} is damaged: {table.name}.{wrong}. {_RESTORE}")
 
 
 def _look(sqlite: sqlite3.Connection, path: Path, damage: Damage) -> bool:

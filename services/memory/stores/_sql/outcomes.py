@@ -158,7 +158,7 @@ def _reward(db: sa.Connection, new: Mapping[str, float], before: Mapping[str, _D
     for use_id, reward in new.items():
         row = sealed(uses, {**before[use_id].values, "reward": reward}, before[use_id].entries)
         changed.append({"of": use_id, "earned": row["reward"], "sum": row["crc"]})
-    values = {"reward": sa.bindparam("earned"), "crc": sa.bindparam("sum")}
+    values: dict[str, Any] = {"reward": sa.bindparam("earned"), "crc": sa.bindparam("sum")}
     db.execute(uses.update().where(uses.c.use_id == sa.bindparam("of")).values(**values), changed)
 
 

@@ -19,8 +19,11 @@ from mulligan.memory.dense import DenseIndex
 from mulligan.memory.store import Found, Selection
 from mulligan.memory.stores._sql import queries
 from mulligan.memory.stores._sql.queries import Row
+from mulligan.memory.stores._sql.sums import Section, damage_of
 from mulligan.memory.stores._sql.tables import reflections, texts
 from mulligan.memory.words import WordIndex
+
+_TEXT = Section(texts)
 
 _log = structlog.get_logger()
 _LOGGED_AFTER = 2.0  # seconds
@@ -86,7 +89,7 @@ def _selected(
 
 
 def _catch_up(db: sa.Connection, index: WordIndex | DenseIndex, scope: Row, content: Any, *conditions: Any) -> None:
-    """Reads the texts that were added and closed since the index's version."""
+    """Reads the texts that were added and closed since the index's version, but for damaged ones."""
     since = index.texts.version
     if since >= scope.version:
         return
@@ -100,15 +103,20 @@ def _catch_up(db: sa.Connection, index: WordIndex | DenseIndex, scope: Row, cont
         )
         for position, version in db.execute(erased):
             index.texts.close_entry(position, version)
-    columns = (texts.c.id, texts.c.position, reflections.c.environment, texts.c.from_version, texts.c.until_version)
     opened = (
-        sa.select(*columns, content)
+        sa.select(*_TEXT.columns, texts.c.id, reflections.c.environment, content.label("content"))
         .join(reflections, reflections.c.position == texts.c.position)
         .where(in_scope, texts.c.from_version > since, *conditions)
         .order_by(texts.c.from_version)
     )
     for row in _told(db, opened, scope):
-        index.add(*row)
+        if not _TEXT.is_sound(row):
+            damage_of(db).tell(f"text {row.id}", "its checksum differs: searches leave it out")
+            continue
+        try:
+            index.add(row.id, row.position, row.environment, row.from_version, row.until_version, row.content)
+        except ValueError as error:
+            damage_of(db).tell(f"the embedding of text {row.id}", f"{error}: searches leave it out")
     index.texts.version = scope.version
 
 

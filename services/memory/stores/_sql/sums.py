@@ -72,7 +72,9 @@ class Section:
         self.table = table
         names = {column.name for section in taken for column in section.columns}
         named = [*COVERED[table], table.c.crc]
-        self.columns = [column.label(prefix * (column.name in names) + column.name) for column in named]
+        self.columns: list[sa.Label[Any]] = [
+            column.label(prefix * (column.name in names) + column.name) for column in named
+        ]
         self.end = begin + len(self.columns)
         self._begin = begin
 

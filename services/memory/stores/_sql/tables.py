@@ -58,7 +58,10 @@ class Embedding(sa.TypeDecorator[Any]):
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
         if value is None or dialect.name == "postgresql":
             return value
-        return np.frombuffer(value, "<f4")
+        try:
+            return np.frombuffer(value, "<f4")
+        except (ValueError, TypeError):
+            return np.full(1, np.nan, "<f4")  # damaged
 
 
 class place_in(FunctionElement[int]):  # noqa: N801 - it reads as a function of SQL
