@@ -32,8 +32,8 @@ _NAMES = (
     *("canary_difference", "engine_checksum", "model", "canary"),
 )
 _COLUMNS = ", ".join(_NAMES)
-_SELECT = f"SELECT {_COLUMNS}, crc FROM versions"
-_TABLE = """CREATE TABLE versions (
+_SELECT = f"SELECT {_COLUMNS}, crc FROM records"
+_TABLE = """CREATE TABLE records (
     policy_version INTEGER PRIMARY KEY,
     origin INTEGER NOT NULL,
     source TEXT NOT NULL,
@@ -50,8 +50,8 @@ _TABLE = """CREATE TABLE versions (
     canary TEXT NOT NULL,
     crc INTEGER
 )"""
-_ONE_SERVES = "CREATE UNIQUE INDEX one_serves ON versions (state) WHERE state = 'serving'"
-_OF_A_MODEL = "CREATE INDEX of_a_model ON versions (origin)"
+_ONE_SERVES = "CREATE UNIQUE INDEX one_serves ON records (state) WHERE state = 'serving'"
+_OF_A_MODEL = "CREATE INDEX of_a_model ON records (origin)"
 _MOST = 2**62  # a greater number is a damaged one
 _ADVICE = "Put a copy of the file back, or move it away: then the policy serves the weights that its model comes with."
 _LOST = "its record in {} was damaged: what it said is lost"
@@ -109,7 +109,7 @@ class VersionTable:
 
     def greatest(self) -> int:
         """Of all numbers that are known; -1 where there is none."""
-        [(found,)] = self._query("SELECT max(policy_version) FROM versions WHERE policy_version < ?", _MOST)
+        [(found,)] = self._query("SELECT max(policy_version) FROM records WHERE policy_version < ?", _MOST)
         return -1 if found is None else int(found)
 
     def get(self, number: int) -> VersionRecord | None:
@@ -161,7 +161,7 @@ class VersionTable:
     def _write(self, row: Sequence[Any], *, sound: bool = True) -> None:
         given = ", ".join(f"{name} = excluded.{name}" for name in (*_NAMES, "crc"))
         places = ", ".join("?" * (len(row) + 1))
-        insert = f"INSERT INTO versions ({_COLUMNS}, crc) VALUES ({places})"
+        insert = f"INSERT INTO records ({_COLUMNS}, crc) VALUES ({places})"
         crc = row_sum(row) if sound else None
         self._db.execute(f"{insert} ON CONFLICT (policy_version) DO UPDATE SET {given}", (*row, crc))
 
@@ -245,7 +245,8 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _add_sums(db: sqlite3.Connection) -> None:
-    """Of a table that an earlier release wrote: what it holds is taken as it is."""
+    """Of a table that an earlier release wrote: what it holds is taken as it is. The name is another one, because such a
+    release would not know that checksums belong to its changes."""
     with db:
         db.execute("BEGIN IMMEDIATE")
         rows = db.execute(f"SELECT {_COLUMNS} FROM versions").fetchall()
@@ -254,7 +255,7 @@ def _add_sums(db: sqlite3.Connection) -> None:
             db.execute(statement)
         places = ", ".join("?" * (len(_NAMES) + 1))
         sealed = [(*row, row_sum(row)) for row in rows]
-        db.executemany(f"INSERT INTO versions ({_COLUMNS}, crc) VALUES ({places})", sealed)
+        db.executemany(f"INSERT INTO records ({_COLUMNS}, crc) VALUES ({places})", sealed)
         db.execute(f"PRAGMA user_version = {_SCHEMA}")
 
 

@@ -57,7 +57,7 @@ def test_records_come_back_and_have_checksums(path: Path, raw: sqlite3.Connectio
     assert all_of(table) == list(RECORDS)
     assert [table.get(number) for number in range(6)] == [*RECORDS, None]
     table.close()
-    assert None not in {crc for (crc,) in raw.execute("SELECT crc FROM versions")}
+    assert None not in {crc for (crc,) in raw.execute("SELECT crc FROM records")}
 
 
 def test_each_single_bit_is_as_written_or_told(path: Path) -> None:
@@ -104,7 +104,7 @@ def test_each_single_bit_is_as_written_or_told(path: Path) -> None:
 def test_a_damaged_record_costs_its_version_and_the_newest_kept_one_serves(
     path: Path, raw: sqlite3.Connection, column: str, value: object
 ) -> None:
-    raw.execute(f"UPDATE versions SET {column} = ? WHERE policy_version = 4", (value,))
+    raw.execute(f"UPDATE records SET {column} = ? WHERE policy_version = 4", (value,))
     before = path.read_bytes()
     with capture_logs() as logs:
         table = VersionTable(path)
@@ -124,7 +124,7 @@ def test_a_damaged_record_costs_its_version_and_the_newest_kept_one_serves(
 
 
 def test_an_old_record_that_is_damaged_leaves_the_one_that_serves(path: Path, raw: sqlite3.Connection) -> None:
-    raw.execute("UPDATE versions SET model = 'n' WHERE policy_version = 2")
+    raw.execute("UPDATE records SET model = 'n' WHERE policy_version = 2")
     table = VersionTable(path)
     assert all_of(table)[3:] == list(RECORDS[3:])
     assert [record.number for record in all_of(table) if record.is_lost] == [2]
@@ -133,7 +133,7 @@ def test_an_old_record_that_is_damaged_leaves_the_one_that_serves(path: Path, ra
 
 def test_what_is_damaged_while_the_table_is_open_is_refused_by_name(path: Path, raw: sqlite3.Connection) -> None:
     table = VersionTable(path)
-    raw.execute("UPDATE versions SET fingerprint = 'g' WHERE policy_version = 3")
+    raw.execute("UPDATE records SET fingerprint = 'g' WHERE policy_version = 3")
     with pytest.raises(DomainError, match=r"the record of version 3 in .*versions\.db is damaged") as caught:
         table.get(3)
     assert caught.value.reason is Reason.STATE_DAMAGED
@@ -151,7 +151,7 @@ def test_what_is_damaged_while_the_table_is_open_is_refused_by_name(path: Path, 
 
 def test_damaged_pages_are_told_as_such(path: Path, raw: sqlite3.Connection) -> None:
     content = path.read_bytes()
-    [(page,)] = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'versions'")
+    [(page,)] = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'records'")
     path.write_bytes(content[: (page - 1) * 4096] + bytes(4096) + content[page * 4096 :])
     with pytest.raises((OSError, DomainError), match=r"versions\.db.*damaged|cannot use .*versions\.db"):
         VersionTable(path)
@@ -186,7 +186,7 @@ PRAGMA user_version = 1;
 
 
 def test_a_table_without_checksums_gets_them(path: Path, raw: sqlite3.Connection, tmp_path: Path) -> None:
-    rows = [row[:-1] for row in raw.execute("SELECT * FROM versions")]
+    rows = [row[:-1] for row in raw.execute("SELECT * FROM records")]
     old = tmp_path / "old" / "versions.db"
     old.parent.mkdir()
     with sqlite3.connect(old) as db:
