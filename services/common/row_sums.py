@@ -9,7 +9,6 @@ from __future__ import annotations
 import sqlite3
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,10 @@ def row_sum(values: Sequence[Any]) -> int:
 
 def is_sound(values: Sequence[Any], crc: Any) -> bool:
     """Whether a row has the values with which its checksum was written."""
-    with suppress(UnicodeEncodeError, OverflowError):
-        return bool(row_sum(values) == crc)
-    return False
+    try:
+        return bool(zlib.crc32(_encode(values)) == crc)
+    except (UnicodeEncodeError, OverflowError):
+        return False
 
 
 def is_damage(error: BaseException) -> bool:

@@ -77,9 +77,11 @@ class Section:
         ]
         self.end = begin + len(self.columns)
         self._begin = begin
+        self._crc = self.end - 1
 
     def is_sound(self, row: sa.Row[Any], *more: Any) -> bool:
-        return is_sound([*row[self._begin : self.end - 1], *more], row[self.end - 1])
+        values = row[self._begin : self._crc]
+        return is_sound((*values, *more) if more else values, row[self._crc])
 
     def values(self, row: sa.Row[Any]) -> dict[str, Any]:
         return {column.name: value for column, value in zip(COVERED[self.table], row[self._begin :], strict=False)}

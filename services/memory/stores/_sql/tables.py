@@ -36,6 +36,10 @@ class Characters(sa.TypeDecorator[str]):
             return value
         return value.replace("\x1a0", "\x00").replace("\x1a1", "\x1a")
 
+    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Any:
+        """None elsewhere: a call for each value that is read would take longer than to read it."""
+        return super().result_processor(dialect, coltype) if dialect.name == "postgresql" else None
+
 
 class Embedding(sa.TypeDecorator[Any]):
     """A vector of float32: pgvector's type in PostgreSQL, else its bytes, the lowest first."""

@@ -68,7 +68,8 @@ async def answer(store: Store, identity: str) -> StoredReflection | None:
     try:
         return await store.get(identity)
     except DomainError as error:
-        check(error)
+        if error.reason is not Reason.UNKNOWN_REFLECTION:  # its id is damaged, and its index was made anew
+            check(error)
         return None
 
 
