@@ -20,6 +20,7 @@ from mulligan.common.errors import DomainError, Reason
 
 _log = structlog.get_logger()
 _encode = msgspec.msgpack.Encoder().encode
+_DAMAGED = ("malformed", "file is not a database")  # in messages
 _MOST_TOLD = 10_000  # records; a database of which more are damaged is told already
 
 # Reads text that is not UTF-8 as well: it differs from what was written, so the row's checksum tells.
@@ -39,9 +40,8 @@ def is_sound(values: Sequence[Any], crc: Any) -> bool:
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether SQLite says that its file is damaged."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return isinstance(error, sqlite3.DatabaseError) and code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    """Whether the database says that its file is damaged."""
+    return isinstance(error, sqlite3.DatabaseError) and any(text in str(error) for text in _DAMAGED)
 
 
 def structure_problems(db: sqlite3.Connection) -> list[str]:
@@ -72,7 +72,7 @@ def _file(db: sqlite3.Connection) -> str:
     return str(db.execute("PRAGMA database_list").fetchone()[2])
 
 
-class Damage:
+class RowDamage:
     """Of one database: tells each damaged record once in the log."""
 
     def __init__(self, database: str | Path, advice: str):

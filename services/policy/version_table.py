@@ -23,7 +23,7 @@ import structlog
 
 from mulligan.common.disk import folder_removed, writing_to
 from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
-from mulligan.common.row_sums import Damage, any_text, is_damage, is_sound, row_sum, structure_problems
+from mulligan.common.row_sums import RowDamage, any_text, is_damage, is_sound, row_sum, structure_problems
 
 log = structlog.get_logger()
 _SCHEMA = 2
@@ -91,7 +91,7 @@ class VersionTable:
 
     def __init__(self, path: Path):
         self._path = path
-        self._damage = Damage(path, _ADVICE)
+        self._damage = RowDamage(path, _ADVICE)
         self._lock = threading.Lock()
         self._db = _open(path)
         try:
@@ -187,7 +187,7 @@ class VersionTable:
             return
         kept = self._path.with_name(self._path.name + ".damaged")
         with writing_to(self._path.parent):
-            shutil.copyfile(self._path, kept)
+            shutil.copy(self._path, kept)  # as private as it is
         whole = [record for record in records.values() if record is not None]
         states = {record.version.state for record in whole}
         with self.transaction():
@@ -239,14 +239,23 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         _add_sums(db)
     if problems := structure_problems(db):
         raise _unusable(path, f"its structure is damaged ({problems[0]})")
-    made = {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master")}
-    if made != {_TABLE, _ONE_SERVES, _OF_A_MODEL}:
+    made = sqlite3.connect(":memory:")
+    for statement in (_TABLE, _ONE_SERVES, _OF_A_MODEL):
+        made.execute(statement)
+    damaged = _schema_of(db) != _schema_of(made)
+    made.close()
+    if damaged:
         raise _unusable(path, "its schema is damaged")
 
 
+def _schema_of(db: sqlite3.Connection) -> list[list[tuple[Any, ...]]]:
+    pragmas = ("table_info(records)", "index_list(records)", "index_info(one_serves)", "index_info(of_a_model)")
+    return [db.execute(f"PRAGMA {pragma}").fetchall() for pragma in pragmas]
+
+
 def _add_sums(db: sqlite3.Connection) -> None:
-    """Of a table that an earlier release wrote: what it holds is taken as it is. The name is another one, because such a
-    release would not know that checksums belong to its changes."""
+    """Of a table that an earlier release wrote: what it holds is taken as it is. The new one has another name, because
+    such a release would change it without checksums."""
     with db:
         db.execute("BEGIN IMMEDIATE")
         rows = db.execute(f"SELECT {_COLUMNS} FROM versions").fetchall()

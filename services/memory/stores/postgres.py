@@ -25,7 +25,7 @@ from pydantic import Field
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.extras import MissingExtra
-from mulligan.common.row_sums import Damage
+from mulligan.common.row_sums import RowDamage
 from mulligan.memory.store import Found, Selection, StoreError, StoreSettings
 from mulligan.memory.stores._sql import queries, writes
 from mulligan.memory.stores._sql.migrate import migrate
@@ -85,7 +85,7 @@ class PostgresStore(SqlStore):
             max_overflow=0,
             pool_pre_ping=True,
             hide_parameters=True,
-            execution_options=with_damage(Damage(self._name, _ADVICE)),
+            execution_options=with_damage(RowDamage(self._name, _ADVICE)),
         )
         self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         try:

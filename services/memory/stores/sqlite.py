@@ -23,12 +23,12 @@ from mulligan.common.disk import folder_removed, writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import make_folder
-from mulligan.common.row_sums import Damage, any_text, is_damage, structure_problems
+from mulligan.common.row_sums import RowDamage, any_text, is_damage, structure_problems
 from mulligan.memory.store import StoreError, StoreSettings
 from mulligan.memory.stores._sql import writes
 from mulligan.memory.stores._sql.migrate import migrate
 from mulligan.memory.stores._sql.store import SqlStore, plain_errors
-from mulligan.memory.stores._sql.sums import with_damage
+from mulligan.memory.stores._sql.sums import tell_damaged, with_damage
 from mulligan.memory.stores._sql.tables import metadata
 from mulligan.memory.stores._sql.worker import Call, Worker
 
@@ -52,7 +52,7 @@ class SqliteStore(SqlStore):
     def __init__(self, path: Path, loop: asyncio.AbstractEventLoop):
         super().__init__()
         self._path = path
-        self._damage = Damage(path, _ADVICE)
+        self._damage = RowDamage(path, _ADVICE)
         self._lock = _lock(path)
         try:
             self._connection = _open(path, self._damage)
@@ -132,7 +132,7 @@ def _lock(path: Path) -> IO[bytes]:
         raise StoreError(f"database: cannot use {path}: {error}") from error
 
 
-def _open(path: Path, damage: Damage) -> sa.Connection:
+def _open(path: Path, damage: RowDamage) -> sa.Connection:
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)),
         poolclass=sa.NullPool,
@@ -155,7 +155,7 @@ def _open(path: Path, damage: Damage) -> sa.Connection:
             with connection.begin():
                 migrate(connection, str(path))
             _check_schema(connection, path)
-            if _look(sqlite, path, damage):
+            if _look(connection, path, damage):
                 _clean(connection, path)
     except (sqlite3.Error, UnicodeError) as error:
         connection.close()
@@ -178,14 +178,19 @@ def _check_schema(connection: sa.Connection, path: Path) -> None:
             raise StoreError(f"database: the schema of {path} is damaged: {table.name}.{wrong}. {_RESTORE}")
 
 
-def _look(sqlite: sqlite3.Connection, path: Path, damage: Damage) -> bool:
-    """Whether the structure of the file is whole, as far as it was looked at. Nothing is written to one that is not:
-    what is whole of it stays readable."""
-    if path.stat().st_size > _LOOKED_AT_BYTES or not (problems := structure_problems(sqlite)):
+def _look(connection: sa.Connection, path: Path, damage: RowDamage) -> bool:
+    """Tells what is damaged. Returns whether the structure of the file is whole, as far as it was looked at. Nothing is
+    written to one that is not: what is whole of it stays readable."""
+    sqlite = _sqlite(connection)
+    if path.stat().st_size > _LOOKED_AT_BYTES:
         return True
-    damage.tell("the file", f"its structure is damaged, so nothing is written to it: {'; '.join(problems)}")
-    sqlite.execute("PRAGMA query_only = ON")
-    return False
+    if problems := structure_problems(sqlite):
+        damage.tell("the file", f"its structure is damaged, so nothing is written to it: {'; '.join(problems)}")
+        sqlite.execute("PRAGMA query_only = ON")
+        return False
+    with connection.begin():
+        tell_damaged(connection)
+    return True
 
 
 def _is_read_only(connection: sa.Connection) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mulligan.common.row_sums import Damage, is_sound, row_sum
+from mulligan.common.row_sums import RowDamage, is_sound, row_sum
 from mulligan.memory.stores._sql.tables import answered, changes, reflections, scopes, standings, texts, uses
 
 _NOT_COVERED = {
@@ -31,6 +31,7 @@ COVERED: dict[sa.Table, tuple[sa.Column[Any], ...]] = {
     for table, others in _NOT_COVERED.items()
 }
 _DAMAGE = "damage"
+_BATCH = 1000  # rows
 
 
 def _same(value: Any) -> Any:
@@ -87,16 +88,30 @@ class Section:
         return {column.name: value for column, value in zip(COVERED[self.table], row[self._begin :], strict=False)}
 
 
+def tell_damaged(db: sa.Connection) -> None:
+    """Reads all rows but those of uses, and tells which are damaged. Reads that ask for what a damaged row should say
+    would not find it."""
+    for table in COVERED:
+        if table is uses:
+            continue
+        section = Section(table)
+        (key,) = table.primary_key
+        wanted = sa.select(*section.columns, key.label("row_key")).execution_options(yield_per=_BATCH)
+        for row in db.execute(wanted):
+            if not section.is_sound(row):
+                damage_of(db).tell(f"row {row.row_key!r} of {table.name}")
+
+
 def source_sum(source_ids: Sequence[str]) -> int:
     return row_sum(source_ids) if source_ids else 0
 
 
-def with_damage(damage: Damage) -> dict[str, Any]:
+def with_damage(damage: RowDamage) -> dict[str, Any]:
     """Options of an engine, whose connections then know `damage_of`."""
     return {_DAMAGE: damage}
 
 
-def damage_of(db: sa.Connection) -> Damage:
+def damage_of(db: sa.Connection) -> RowDamage:
     found = db.get_execution_options()[_DAMAGE]
-    assert isinstance(found, Damage)
+    assert isinstance(found, RowDamage)
     return found
