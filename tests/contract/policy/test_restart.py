@@ -13,7 +13,7 @@ import structlog
 from safetensors.numpy import save_file
 
 from mulligan.common.channel import Endpoint
-from mulligan.common.errors import Reason
+from mulligan.common.errors import Code, Reason
 from mulligan.common.inference import CanaryProbe, PublishedWeights, VersionState, WeightsKind
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
@@ -147,10 +147,10 @@ async def test_a_damaged_record_of_a_version_stops_no_start(tmp_path: Path) -> N
         async with started(state_folder=tmp_path, policies=policies) as running:
             await running.serves("one", 1)
             await running.serves("three", 0, "other")
-            newest, lost = await running.policies.versions()
+            newest, lost = await running.client.versions()
             assert (newest.policy_version, lost.policy_version, lost.state) == (1, 0, VersionState.REMOVED)
             assert "versions.db was damaged" in lost.problem
-            error = await refused(running.client.rollback(0), Reason.VERSION_NOT_KEPT)
+            error = await refused(running.client.rollback(0), Reason.VERSION_NOT_KEPT, Code.NOT_FOUND)
             assert "versions.db was damaged" in error.message
     [told] = [entry for entry in logs if entry["log_level"] == "error"]
     assert (told["file"], told["policy_version"]) == (str(path), 0)
