@@ -159,7 +159,7 @@ def _open(path: Path, damage: RowDamage) -> sa.Connection:
                 _clean(connection, path)
     except (sqlite3.Error, UnicodeError) as error:
         connection.close()
-        advice = f". {_RESTORE}" if is_damage(error) else ""
+        advice = f". {_RESTORE}" if is_damage(error) or isinstance(error, UnicodeError) else ""
         raise StoreError(f"database: cannot use {path}: {error}{advice}") from error
     except BaseException:
         connection.close()
