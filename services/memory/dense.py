@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mulligan.memory.timeline import Timeline, best_first, grown, nth_greatest
 
 _NONE = -1e30  # less than any product
+_GREATEST = 1.001  # of a unit vector's numbers, rounding included
 _ERROR = 1e-4  # more than the error of a product of unit vectors in float32
 
 
@@ -28,6 +29,10 @@ class DenseIndex:
     def add(
         self, text_id: int, position: int, environment: str, begins: int, ends: int | None, embedding: Sequence[float]
     ) -> None:
+        """Raises ValueError for what is no such vector."""
+        known = self._rows.shape[1] if self.texts.size else len(embedding)
+        if len(embedding) != known or not np.abs(embedding).max(initial=0.0) <= _GREATEST:
+            raise ValueError(f"it is no unit vector of {known} numbers")
         place = self.texts.add(text_id, position, environment, begins, ends)
         if place == 0:
             self._rows = np.zeros((0, len(embedding)), np.float32)

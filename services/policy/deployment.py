@@ -49,7 +49,8 @@ from mulligan.policy.backend import Backend, Replica, WeightsFile
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.uploads import Uploads, find_weights
-from mulligan.policy.versions import VersionRecord, VersionStore, source_of
+from mulligan.policy.version_table import VersionRecord
+from mulligan.policy.versions import VersionStore, source_of
 from mulligan.policy.weight_check import WeightCheck, known_checksums, tolerance_of
 
 log = structlog.get_logger()
@@ -228,7 +229,8 @@ class Deployment:
         record = await asyncio.to_thread(self._store.get, policy_version)
         kept = record is not None and record.version.state in (VersionState.KEPT, VersionState.SERVING)
         if record is None or not kept or record.origin != present.origin:
-            raise DomainError(Reason.VERSION_NOT_KEPT, f"version {policy_version} of {self.name} is not kept")
+            why = f": {record.version.problem}" if record is not None and record.is_lost else ""
+            raise DomainError(Reason.VERSION_NOT_KEPT, f"version {policy_version} of {self.name} is not kept{why}")
         if policy_version == present.number and self._phase is PolicyState.SERVING:
             return
         try:

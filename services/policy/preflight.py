@@ -22,7 +22,7 @@ from mulligan.common.inference import (
     WeightsKind,
 )
 from mulligan.policy.backend import ModelInfo
-from mulligan.policy.versions import VersionRecord
+from mulligan.policy.version_table import VersionRecord
 
 _LOWEST_TEMPERATURE = 1e-3  # below it, logits / temperature may exceed float32
 MOST_SAMPLES = 256
@@ -115,7 +115,7 @@ def check_update(
         raise DomainError(Reason.UNSUPPORTED_OPTION, message, field="kind", feature=feature)
     number = weights.policy_version
     conflict = ""
-    if known is not None and known.version.sha256 != weights.sha256:
+    if known is not None and not known.is_lost and known.version.sha256 != weights.sha256:
         conflict = f"version {number} is known with other weights"
     elif known is not None and known.version.state in (VersionState.REFUSED, VersionState.WITHDRAWN):
         conflict = f"version {number} was {known.version.state}: {known.version.problem}"

@@ -14,7 +14,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CanaryProbe, VersionState, WeightsKind
 from mulligan.common.safetensors_header import BadSafetensors, read_header
 from mulligan.policy.backend import Replica, WeightsFile
-from mulligan.policy.versions import VersionRecord
+from mulligan.policy.version_table import VersionRecord
 
 # As safetensors and as torch name them.
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.versions import VersionRecord, VersionStore
+from mulligan.policy.version_table import VersionRecord
+from mulligan.policy.versions import VersionStore
 
 PROBES = (CanaryProbe((1, 2, 3), (-0.5, -1.25)),)
 

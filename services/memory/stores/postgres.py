@@ -25,10 +25,12 @@ from pydantic import Field
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.extras import MissingExtra
+from mulligan.common.row_sums import RowDamage
 from mulligan.memory.store import Found, Selection, StoreError, StoreSettings
 from mulligan.memory.stores._sql import queries, writes
 from mulligan.memory.stores._sql.migrate import migrate
 from mulligan.memory.stores._sql.store import SqlStore, plain_errors
+from mulligan.memory.stores._sql.sums import with_damage
 from mulligan.memory.stores._sql.tables import texts
 from mulligan.memory.stores._sql.worker import Call, Worker
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+_ADVICE = "Restore the row from a backup, or erase the entry that is damaged."
 _OLDEST = 15
 _WRITING = 7_305_104_236_301  # the number of the lock of writes, among all of the database
 _OLD_READS_SECONDS = 30.0  # that an erasure waits for transactions which may still see the erased rows
@@ -82,6 +85,7 @@ class PostgresStore(SqlStore):
             max_overflow=0,
             pool_pre_ping=True,
             hide_parameters=True,
+            execution_options=with_damage(RowDamage(self._name, _ADVICE)),
         )
         self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         try:

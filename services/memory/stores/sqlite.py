@@ -23,13 +23,20 @@ from mulligan.common.disk import folder_removed, writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import make_folder
+from mulligan.common.row_sums import RowDamage, any_text, is_damage, structure_problems
 from mulligan.memory.store import StoreError, StoreSettings
 from mulligan.memory.stores._sql import writes
 from mulligan.memory.stores._sql.migrate import migrate
 from mulligan.memory.stores._sql.store import SqlStore, plain_errors
+from mulligan.memory.stores._sql.sums import tell_damaged, with_damage
+from mulligan.memory.stores._sql.tables import metadata
 from mulligan.memory.stores._sql.worker import Call, Worker
 
 R = TypeVar("R")
+
+_RESTORE = "Put a copy of the database back."
+_ADVICE = "Put a copy of the database back, or erase the entry that is damaged."
+_LOOKED_AT_BYTES = 2**26  # a larger file takes long; its damage is told when it is read
 
 
 class Settings(StoreSettings):
@@ -45,9 +52,11 @@ class SqliteStore(SqlStore):
     def __init__(self, path: Path, loop: asyncio.AbstractEventLoop):
         super().__init__()
         self._path = path
+        self._damage = RowDamage(path, _ADVICE)
         self._lock = _lock(path)
         try:
-            self._connection = _open(path)
+            self._connection = _open(path, self._damage)
+            self._read_only = _is_read_only(self._connection)
         except BaseException:
             self._lock.close()
             raise
@@ -72,7 +81,16 @@ class SqliteStore(SqlStore):
             with writing_to(self._path.parent), plain_errors():
                 return [calls[0](self._connection)]
         except Exception as error:  # noqa: BLE001 - whoever waits must be told
-            return [error]
+            return [self._named(error)]
+
+    def _named(self, error: Exception) -> Exception:
+        if is_damage(error):
+            return self._damage.of_file(error)
+        if self._read_only and getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY:
+            return self._damage.of_file(
+                sqlite3.DatabaseError("nothing is written to a file whose structure is damaged")
+            )
+        return error
 
     def _transact(self, calls: Sequence[Call]) -> list[Any]:
         """Runs all calls in one transaction. A DomainError is the answer to one call; calls check everything before
@@ -93,7 +111,7 @@ class SqliteStore(SqlStore):
         except Exception as error:  # noqa: BLE001 - whoever waits must be told
             self._indexes.forget()
             if len(calls) == 1:
-                return [error]
+                return [self._named(error)]
             return [answer for call in calls for answer in self._transact([call])]
         return answers
 
@@ -114,11 +132,12 @@ def _lock(path: Path) -> IO[bytes]:
         raise StoreError(f"database: cannot use {path}: {error}") from error
 
 
-def _open(path: Path) -> sa.Connection:
+def _open(path: Path, damage: RowDamage) -> sa.Connection:
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)),
         poolclass=sa.NullPool,
         hide_parameters=True,
+        execution_options=with_damage(damage),
         connect_args={"check_same_thread": False, "isolation_level": None},  # SQLAlchemy begins transactions, below
     )
     sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
@@ -130,18 +149,52 @@ def _open(path: Path) -> sa.Connection:
     try:
         with plain_errors():
             sqlite = _sqlite(connection)
+            sqlite.text_factory = any_text
             for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON", "cache_size = -65536"):
                 sqlite.execute(f"PRAGMA {setting}")
             with connection.begin():
                 migrate(connection, str(path))
-            _clean(connection, path)
-    except sqlite3.Error as error:
+            _check_schema(connection, path)
+            if _look(connection, path, damage):
+                _clean(connection, path)
+    except (sqlite3.Error, UnicodeError) as error:
         connection.close()
-        raise StoreError(f"database: cannot use {path}: {error}") from error
+        advice = f". {_RESTORE}" if is_damage(error) or isinstance(error, UnicodeError) else ""
+        raise StoreError(f"database: cannot use {path}: {error}{advice}") from error
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _check_schema(connection: sa.Connection, path: Path) -> None:
+    """Raises StoreError where a damaged schema names other columns or types than this release makes."""
+    for table in metadata.sorted_tables:
+        rows = _sqlite(connection).execute(f"PRAGMA table_info({table.name})")
+        found = {name: kind for _, name, kind, *_ in rows}
+        made = {column.name: column.type.compile(connection.dialect) for column in table.columns}
+        if found != made:
+            wrong = sorted(name for name, _ in found.items() ^ made.items())[0]
+            raise StoreError(f"database: the schema of {path} is damaged: {table.name}.{wrong}. {_RESTORE}")
+
+
+def _look(connection: sa.Connection, path: Path, damage: RowDamage) -> bool:
+    """Tells what is damaged. Returns whether the structure of the file is whole, as far as it was looked at. Nothing is
+    written to one that is not: what is whole of it stays readable."""
+    sqlite = _sqlite(connection)
+    if path.stat().st_size > _LOOKED_AT_BYTES:
+        return True
+    if problems := structure_problems(sqlite):
+        damage.tell("the file", f"its structure is damaged, so nothing is written to it: {'; '.join(problems)}")
+        sqlite.execute("PRAGMA query_only = ON")
+        return False
+    with connection.begin():
+        tell_damaged(connection)
+    return True
+
+
+def _is_read_only(connection: sa.Connection) -> bool:
+    return bool(_sqlite(connection).execute("PRAGMA query_only").fetchone()[0])
 
 
 def _sqlite(connection: sa.Connection) -> sqlite3.Connection:

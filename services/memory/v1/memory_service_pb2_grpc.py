@@ -61,6 +61,9 @@ class MemoryServiceStub:
     `needed_bytes` (0: unknown).
     They can also return FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: the service's folder was removed while it
     ran. Nothing was written, and the service must be started again.
+    Calls can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if it is one record that is damaged, `record`: a
+    checksum of the database differs. Other records go on. What finds or lists several leaves damaged ones out, and the
+    log of the service tells which. Erasing a damaged reflection works.
     """
 
     def __init__(self, channel):
@@ -162,6 +165,9 @@ class MemoryServiceServicer:
     `needed_bytes` (0: unknown).
     They can also return FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: the service's folder was removed while it
     ran. Nothing was written, and the service must be started again.
+    Calls can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if it is one record that is damaged, `record`: a
+    checksum of the database differs. Other records go on. What finds or lists several leaves damaged ones out, and the
+    log of the service tells which. Erasing a damaged reflection works.
     """
 
     def AddReflection(self, request, context):
@@ -361,6 +367,9 @@ class MemoryService:
     `needed_bytes` (0: unknown).
     They can also return FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: the service's folder was removed while it
     ran. Nothing was written, and the service must be started again.
+    Calls can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if it is one record that is damaged, `record`: a
+    checksum of the database differs. Other records go on. What finds or lists several leaves damaged ones out, and the
+    log of the service tells which. Erasing a damaged reflection works.
     """
 
     @staticmethod

@@ -48,6 +48,9 @@ class MemoryServiceStub:
     `needed_bytes` (0: unknown).
     They can also return FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: the service's folder was removed while it
     ran. Nothing was written, and the service must be started again.
+    Calls can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if it is one record that is damaged, `record`: a
+    checksum of the database differs. Other records go on. What finds or lists several leaves damaged ones out, and the
+    log of the service tells which. Erasing a damaged reflection works.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -136,6 +139,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     `needed_bytes` (0: unknown).
     They can also return FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: the service's folder was removed while it
     ran. Nothing was written, and the service must be started again.
+    Calls can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if it is one record that is damaged, `record`: a
+    checksum of the database differs. Other records go on. What finds or lists several leaves damaged ones out, and the
+    log of the service tells which. Erasing a damaged reflection works.
     """
 
     @_abc_1.abstractmethod

@@ -33,6 +33,9 @@ class PolicyAdminServiceStub:
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
     can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
+    Calls that name a version, or change the one that serves, can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if
+    it is one record that is damaged, `record`. A version whose record is damaged when the service starts is listed as
+    removed, with that problem, and may be published again.
     """
 
     def __init__(self, channel):
@@ -91,6 +94,9 @@ class PolicyAdminServiceServicer:
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
     can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
+    Calls that name a version, or change the one that serves, can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if
+    it is one record that is damaged, `record`. A version whose record is damaged when the service starts is listed as
+    removed, with that problem, and may be published again.
     """
 
     def LoadModel(self, request, context):
@@ -249,6 +255,9 @@ class PolicyAdminService:
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
     can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
+    Calls that name a version, or change the one that serves, can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if
+    it is one record that is damaged, `record`. A version whose record is damaged when the service starts is listed as
+    removed, with that problem, and may be published again.
     """
 
     @staticmethod

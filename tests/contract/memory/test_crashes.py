@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-import sqlite3
 from functools import partial
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from mulligan.common.channel import Endpoint
 from mulligan.memory.client import MemoryClient
+from mulligan.memory.stores._sql.migrations.versions import v5_checksums
 from mulligan.testing.faulty_play import BrokenPromise
 from mulligan.testing.memory_ledger import Ledger, check_sqlite
 from mulligan.testing.memory_writers import DATABASE, Writers, write_and_lose_power, write_under_kills
@@ -93,9 +94,10 @@ async def test_damage_is_noticed(written: tuple[Path, Ledger], tmp_path: Path, d
     path, ledger = written
     database = Path(shutil.copy(path, tmp_path))
     await check_sqlite(database, ledger)
-    connection = sqlite3.connect(database)
-    with connection:
-        assert connection.execute(damage).rowcount > 0
-    connection.close()
+    engine = sa.create_engine(f"sqlite:///{database}")
+    with engine.begin() as db:
+        assert db.execute(sa.text(damage)).rowcount > 0
+        v5_checksums.fill(db)  # as if the store had written it so
+    engine.dispose()
     with pytest.raises(BrokenPromise, match=noticed):
         await check_sqlite(database, ledger)

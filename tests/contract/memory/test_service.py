@@ -192,7 +192,7 @@ def test_a_newer_schema_is_refused(services: ServiceProcesses, tmp_path: Path) -
     with sqlite3.connect(tmp_path / "memory.db") as db:
         db.execute("CREATE TABLE schema_version AS SELECT 7 AS version")
     db.close()
-    with pytest.raises(ProcessFailed, match="schema 7, and this program knows schemas up to 4"):
+    with pytest.raises(ProcessFailed, match="schema 7, and this program knows schemas up to 5"):
         services.start("memory", database=tmp_path / "memory.db")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import structlog
 from safetensors.numpy import save_file
 
 from mulligan.common.channel import Endpoint
-from mulligan.common.errors import Reason
-from mulligan.common.inference import CanaryProbe, PublishedWeights, WeightsKind
+from mulligan.common.errors import Code, Reason
+from mulligan.common.inference import CanaryProbe, PublishedWeights, VersionState, WeightsKind
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
@@ -132,6 +133,27 @@ async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path:
     (tmp_path / "state" / "policies" / "actor" / "model.json").write_text("{")
     with pytest.raises(ExceptionGroup, match=r"actor: .*model\.json is damaged"):
         await Policies.open(PolicySettings.model_validate(plain | settings), Opened().create)
+
+
+async def test_a_damaged_record_of_a_version_stops_no_start(tmp_path: Path) -> None:
+    policies = {"other": {"model": "three"}}
+    async with started(state_folder=tmp_path, policies=policies) as running:
+        await running.serves("one", 0)
+    path = tmp_path / "policies" / "actor" / "versions.db"
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE records SET kind = 'originam'")
+    db.close()
+    with structlog.testing.capture_logs() as logs:
+        async with started(state_folder=tmp_path, policies=policies) as running:
+            await running.serves("one", 1)
+            await running.serves("three", 0, "other")
+            newest, lost = await running.client.versions()
+            assert (newest.policy_version, lost.policy_version, lost.state) == (1, 0, VersionState.REMOVED)
+            assert "versions.db was damaged" in lost.problem
+            error = await refused(running.client.rollback(0), Reason.VERSION_NOT_KEPT, Code.NOT_FOUND)
+            assert "versions.db was damaged" in error.message
+    [told] = [entry for entry in logs if entry["log_level"] == "error"]
+    assert (told["file"], told["policy_version"]) == (str(path), 0)
 
 
 async def test_a_killed_service_comes_back_with_what_was_loaded(tmp_path: Path, services: ServiceProcesses) -> None:

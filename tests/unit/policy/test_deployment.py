@@ -26,7 +26,8 @@ from mulligan.policy.backend import Scored
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.uploads import Uploads
-from mulligan.policy.versions import VersionRecord, VersionStore
+from mulligan.policy.version_table import VersionRecord
+from mulligan.policy.versions import VersionStore
 from mulligan.testing.weights import sha256
 from tests.support.scripted import ScriptedBackend
 from tests.support.waiting import until

@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CanaryProbe, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.versions import VersionRecord, VersionStore
+from mulligan.policy.version_table import VersionRecord
+from mulligan.policy.versions import VersionStore
 from tests.support.effort import examples
 from tests.support.version_records import PROBES, record_of, staged
 
@@ -301,8 +302,8 @@ def test_a_full_disk_is_told_and_the_version_before_serves(
     store.begin(record_of(0, 0, None))
     staged(store, tmp_path, 1, b"one")
     store.serve(record_of(1, 0, b"one"))
-    [(pages,)] = store._db.execute("PRAGMA page_count").fetchall()
-    store._db.execute(f"PRAGMA max_page_count = {pages}").fetchall()
+    [(pages,)] = store._table._db.execute("PRAGMA page_count").fetchall()
+    store._table._db.execute(f"PRAGMA max_page_count = {pages}").fetchall()
     probes = (CanaryProbe(tuple(range(50_000)), (-0.5,) * 49_999),)
     staged(store, tmp_path, 2, b"two")
     with pytest.raises(DomainError, match=f"the disk of {tmp_path / 'store'} is full") as caught:

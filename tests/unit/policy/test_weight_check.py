@@ -18,7 +18,7 @@ from mulligan.common.inference import CanaryProbe, Feature, ReplicaInfo, Weights
 from mulligan.policy.backend import ModelInfo, Scored, WeightsFile
 from mulligan.policy.huggingface.compare import alike, alike_original
 from mulligan.policy.preflight import check_probes
-from mulligan.policy.versions import VersionRecord
+from mulligan.policy.version_table import VersionRecord
 from mulligan.policy.weight_check import WeightCheck, largest_difference, tolerance_of
 from tests.support.version_records import record_of
 

@@ -12,7 +12,7 @@ from alembic.script import ScriptDirectory
 
 from mulligan.memory.store import StoreError
 
-NEWEST = 4  # the schema of this release: the last revision in migrations/versions
+NEWEST = 5  # the schema of this release: the last revision in migrations/versions
 _FIRST_RELEASE = "schema_version"  # the table that had its number
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -12,34 +13,63 @@ from mulligan.common.reflections import RecordedUse, ReflectionStatus, UseOutcom
 from mulligan.memory.evidence import Evidence
 from mulligan.memory.store import DrawnUse, action_of, evidence_in, status_after
 from mulligan.memory.stores._sql import queries, writes
+from mulligan.memory.stores._sql.sums import Section, damage_of, sealed
 from mulligan.memory.stores._sql.tables import evidence, reflections, scopes, standings, used_entries, uses
+
+_USE = Section(uses)
+_SCOPE = Section(scopes, _USE.end, "scope_", (_USE,))
+_ENTRY = Section(reflections)
+_STANDING = Section(standings, _ENTRY.end, "standing_", (_ENTRY,))
+
+
+class _Drawn(NamedTuple):
+    """A use that is stored."""
+
+    use: DrawnUse
+    values: dict[str, Any]  # of its row
+    entries: list[tuple[int, int]]  # positions and revisions
+    sound: bool
 
 
 def record_uses(db: sa.Connection, drawn: Sequence[DrawnUse]) -> None:
     known = _drawn(db, [use.use_id for use in drawn])
     new: dict[str, DrawnUse] = {}
     for use in drawn:
-        before = known.get(use.use_id) or new.setdefault(use.use_id, use)
+        stored = known.get(use.use_id)
+        if stored is not None and not stored.sound:
+            raise damage_of(db).error(f"the use {use.use_id!r}")
+        before = stored.use if stored is not None else new.setdefault(use.use_id, use)
         if (before.entries, before.left_out_id) != (use.entries, use.left_out_id):
             raise DomainError(Reason.REQUEST_CONFLICT, f"use {use.use_key!r} was drawn for other entries")
     if not new:
         return
     entries = _positions(db, new.values())
+    numbers = {name: _scope_id(db, name) for name in {use.scope for use in new.values()}}
+    of_use = {
+        use.use_id: [(entries[use.scope, identity], revision) for identity, revision in use.entries]
+        for use in new.values()
+    }
     rows = []
     for use in new.values():
         left_out = entries[use.scope, use.left_out_id] if use.left_out_id else None
-        row = {"use_id": use.use_id, "scope": use.scope, "use_key": use.use_key, "left_out": left_out}
-        rows.append({**row, "holdout": use.holdout, "drawn_microseconds": writes.now()})
-    in_scope = sa.select(scopes.c.id).where(scopes.c.name == sa.bindparam("scope")).scalar_subquery()
-    db.execute(uses.insert().values(scope_id=in_scope), rows)
-    numbers = dict(db.execute(sa.select(uses.c.use_id, uses.c.id).where(uses.c.use_id.in_(list(new)))).tuples().all())
+        row = {"use_id": use.use_id, "scope_id": numbers[use.scope], "use_key": use.use_key, "left_out": left_out}
+        times = {"holdout": use.holdout, "drawn_microseconds": writes.now()}
+        rows.append(sealed(uses, {**row, **times}, of_use[use.use_id]))
+    db.execute(uses.insert(), rows)
+    ids = dict(db.execute(sa.select(uses.c.use_id, uses.c.id).where(uses.c.use_id.in_(list(new)))).tuples().all())
     used = [
-        {"use": numbers[use.use_id], "place": place, "position": entries[use.scope, identity], "revision": revision}
-        for use in new.values()
-        for place, (identity, revision) in enumerate(use.entries)
+        {"use": ids[use_id], "place": place, "position": position, "revision": revision}
+        for use_id, pairs in of_use.items()
+        for place, (position, revision) in enumerate(pairs)
     ]
     if used:
         db.execute(used_entries.insert(), used)
+
+
+def _scope_id(db: sa.Connection, name: str) -> int | None:
+    """Raises STATE_DAMAGED."""
+    row = queries.scope_row(db, name)
+    return None if row is None else int(row.id)
 
 
 def _positions(db: sa.Connection, drawn: Iterable[DrawnUse]) -> dict[tuple[str, str], int]:
@@ -57,56 +87,65 @@ def _positions(db: sa.Connection, drawn: Iterable[DrawnUse]) -> dict[tuple[str, 
     return found
 
 
-def _drawn(db: sa.Connection, use_ids: Sequence[str]) -> dict[str, DrawnUse]:
-    """The stored ones of these uses, by id, in the order in which they are named."""
+def _drawn(db: sa.Connection, use_ids: Sequence[str]) -> dict[str, _Drawn]:
+    """The stored ones of these uses, by id, in the order in which they are named; also damaged ones."""
     entry, left_out = reflections.alias(), reflections.alias()
     rows = db.execute(
         sa.select(
-            *(uses.c.use_id, uses.c.use_key, uses.c.holdout, used_entries.c.revision, entry.c.reflection_id),
-            left_out.c.reflection_id.label("left_out_id"),
-            scopes.c.name.label("scope"),
+            *(*_USE.columns, *_SCOPE.columns, used_entries.c.position, used_entries.c.revision),
+            *(entry.c.reflection_id, left_out.c.reflection_id.label("left_out_id")),
         )
-        .join(scopes, scopes.c.id == uses.c.scope_id)
-        .join(used_entries, used_entries.c.use == uses.c.id)
-        .join(entry, entry.c.position == used_entries.c.position)
+        .select_from(uses)
+        .outerjoin(scopes, scopes.c.id == uses.c.scope_id)
+        .outerjoin(used_entries, used_entries.c.use == uses.c.id)
+        .outerjoin(entry, entry.c.position == used_entries.c.position)
         .outerjoin(left_out, left_out.c.position == uses.c.left_out)
         .where(uses.c.use_id.in_(use_ids))
         .order_by(used_entries.c.use, used_entries.c.place)
     ).all()
-    found: dict[str, list[sa.Row[tuple[str, str, float, int, str, str, str]]]] = {}
+    found: dict[str, list[sa.Row[Any]]] = {}
     for row in rows:
         found.setdefault(row.use_id, []).append(row)
-    return {
-        use_id: DrawnUse(
-            use_id=use_id,
-            use_key=of_use[0].use_key,
-            scope=of_use[0].scope,
-            entries=tuple((row.reflection_id, row.revision) for row in of_use),
-            left_out_id=of_use[0].left_out_id or "",
-            holdout=of_use[0].holdout,
-        )
-        for use_id in dict.fromkeys(use_ids)
-        if (of_use := found.get(use_id))
-    }
+    return {use_id: _of_rows(found[use_id]) for use_id in dict.fromkeys(use_ids) if use_id in found}
+
+
+def _of_rows(rows: Sequence[sa.Row[Any]]) -> _Drawn:
+    first = rows[0]
+    entries = [row for row in rows if row.position is not None]
+    pairs = [(row.position, row.revision) for row in entries]
+    whole = all(row.reflection_id is not None for row in entries)
+    use = DrawnUse(
+        use_id=first.use_id,
+        use_key=first.use_key,
+        scope=first.name,
+        entries=tuple((row.reflection_id, row.revision) for row in entries),
+        left_out_id=first.left_out_id or "",
+        holdout=first.holdout,
+    )
+    return _Drawn(use, _USE.values(first), pairs, whole and _USE.is_sound(first, pairs) and _SCOPE.is_sound(first))
 
 
 def report(db: sa.Connection, outcomes: Sequence[UseOutcome], actor: str) -> int:
     rewards: dict[str, float] = {}
     for outcome in outcomes:
         rewards.setdefault(outcome.use_id, outcome.reward)
-    stored = sa.select(uses.c.use_id, uses.c.reward).where(uses.c.use_id.in_(list(rewards)))
-    before = dict(db.execute(stored).tuples().all())
+    before = _drawn(db, list(rewards))
     for use_id in rewards:
         if use_id not in before:
             raise DomainError(Reason.UNKNOWN_USE, f"no use {use_id!r} here", use_id=use_id)
-    new = {use_id: reward for use_id, reward in rewards.items() if before[use_id] is None}
+    new: dict[str, float] = {}
+    by_scope: dict[str, list[DrawnUse]] = {}
+    for use_id, reward in rewards.items():
+        if not before[use_id].sound:
+            damage_of(db).tell(f"the use {use_id!r}")
+        elif before[use_id].values["reward"] is None:
+            new[use_id] = reward
+            by_scope.setdefault(before[use_id].use.scope, []).append(before[use_id].use)
     if not new:
         return 0
-    rewarded = uses.update().where(uses.c.use_id == sa.bindparam("use")).values(reward=sa.bindparam("earned"))
-    db.execute(rewarded, [{"use": use_id, "earned": reward} for use_id, reward in new.items()])
-    by_scope: dict[str, list[DrawnUse]] = {}
-    for use in _drawn(db, list(new)).values():
-        by_scope.setdefault(use.scope, []).append(use)
+    for scope in by_scope:  # before anything is written
+        queries.scope_row(db, scope)
+    _reward(db, new, before)
     for scope, counted in by_scope.items():
         scope_id, version = writes.next_version(db, scope)
         writes.log(db, scope_id, version, "report", "", actor, f"{len(counted)} uses")
@@ -114,16 +153,25 @@ def report(db: sa.Connection, outcomes: Sequence[UseOutcome], actor: str) -> int
     return len(new)
 
 
+def _reward(db: sa.Connection, new: Mapping[str, float], before: Mapping[str, _Drawn]) -> None:
+    changed = []
+    for use_id, reward in new.items():
+        row = sealed(uses, {**before[use_id].values, "reward": reward}, before[use_id].entries)
+        changed.append({"of": use_id, "earned": row["reward"], "sum": row["crc"]})
+    values: dict[str, Any] = {"reward": sa.bindparam("earned"), "crc": sa.bindparam("sum")}
+    db.execute(uses.update().where(uses.c.use_id == sa.bindparam("of")).values(**values), changed)
+
+
 def _learn(
     db: sa.Connection, scope_id: int, version: int, counted: Sequence[tuple[DrawnUse, float]], actor: str
 ) -> None:
-    """Adds the uses to the evidence of their entries."""
+    """Adds the uses to the evidence of their entries, but for damaged ones, which the log tells."""
     entries = _entries(db, {identity for use, _ in counted for identity, _ in use.entries})
-    known = {row.reflection_id: Evidence.from_bytes(row.state) if row.state else Evidence() for row in entries.values()}
+    known = _evidence(db, entries)
     changed: dict[str, None] = {}
     for use, reward in counted:
         for identity, revision, shown, p_out in evidence_in(use):
-            if revision >= entries[identity].evidence_since:
+            if identity in known and revision >= entries[identity].evidence_since:
                 known[identity].add(reward, shown=shown, p_out=p_out)
                 changed[identity] = None
     standing: dict[int, dict[str, Any]] = {}
@@ -141,16 +189,30 @@ def _learn(
         db.execute(evidence.insert(), states)
 
 
-def _entries(db: sa.Connection, identities: Iterable[str]) -> dict[str, sa.Row[tuple[str, int, str, int, bytes]]]:
+def _evidence(db: sa.Connection, entries: Mapping[str, sa.Row[Any]]) -> dict[str, Evidence]:
+    """Of the entries that are not damaged."""
+    found: dict[str, Evidence] = {}
+    for identity, row in entries.items():
+        try:
+            known = Evidence.from_bytes(row.state) if row.state is not None else Evidence()
+        except (ValueError, TypeError) as error:
+            damage_of(db).tell(f"the evidence of the reflection {identity!r}", str(error))
+            continue
+        of_standing = (row.uses_shown, row.uses_left_out)
+        if not (_ENTRY.is_sound(row) and _STANDING.is_sound(row) and row.standing_position == row.position):
+            damage_of(db).tell(f"the reflection {identity!r}")
+        elif (known.uses_shown, known.uses_left_out) != of_standing:
+            damage_of(db).tell(f"the evidence of the reflection {identity!r}", "it has other uses than the reflection")
+        else:
+            found[identity] = known
+    return found
+
+
+def _entries(db: sa.Connection, identities: Iterable[str]) -> dict[str, sa.Row[Any]]:
     wanted = (
-        sa.select(
-            reflections.c.reflection_id,
-            reflections.c.position,
-            standings.c.status,
-            standings.c.evidence_since,
-            evidence.c.state,
-        )
-        .join(standings, standings.c.id == reflections.c.standing_id)
+        sa.select(*_ENTRY.columns, *_STANDING.columns, evidence.c.state)
+        .select_from(reflections)
+        .outerjoin(standings, standings.c.id == reflections.c.standing_id)
         .outerjoin(evidence, evidence.c.position == reflections.c.position)
         .where(reflections.c.reflection_id.in_(list(identities)))
     )
@@ -163,23 +225,31 @@ def scopes_of_uses(db: sa.Connection, use_ids: Sequence[str]) -> Sequence[str]:
 
 
 def uses_of(db: sa.Connection, reflection_id: str, limit: int) -> Sequence[RecordedUse]:
-    position = queries.newest(db, reflection_id).position
+    """Without damaged ones, which the log tells."""
+    position = queries.sound_newest(db, reflection_id).position
+    latest = sa.select(used_entries.c.use).where(used_entries.c.position == position)
+    of_latest = latest.order_by(used_entries.c.use.desc()).limit(limit).subquery()
     rows = db.execute(
-        sa.select(uses, used_entries.c.revision)
-        .join(used_entries, used_entries.c.use == uses.c.id)
-        .where(used_entries.c.position == position)
-        .order_by(used_entries.c.use.desc())
-        .limit(limit)
+        sa.select(*_USE.columns, used_entries.c.position, used_entries.c.revision, used_entries.c.use)
+        .join_from(of_latest, used_entries, used_entries.c.use == of_latest.c.use)
+        .outerjoin(uses, uses.c.id == used_entries.c.use)
+        .order_by(used_entries.c.use.desc(), used_entries.c.place)
     )
-    return tuple(
-        RecordedUse(
-            use_id=row.use_id,
-            use_key=row.use_key,
-            shown=row.left_out != position,
-            revision=row.revision,
-            holdout=row.holdout,
-            reward=row.reward,
-            drawn_at=queries.instant(row.drawn_microseconds),
+    found = []
+    for use, group in groupby(rows, lambda row: int(row.use)):
+        of_use = list(group)
+        first = of_use[0]
+        if not _USE.is_sound(first, [(row.position, row.revision) for row in of_use]):
+            damage_of(db).tell(f"the use {use}" if first.use_id is None else f"the use {first.use_id!r}")
+            continue
+        recorded = RecordedUse(
+            use_id=first.use_id,
+            use_key=first.use_key,
+            shown=first.left_out != position,
+            revision=next(row.revision for row in of_use if row.position == position),
+            holdout=first.holdout,
+            reward=first.reward,
+            drawn_at=queries.instant(first.drawn_microseconds),
         )
-        for row in rows
-    )
+        found.append(recorded)
+    return tuple(found)

@@ -21,6 +21,7 @@ from mulligan.common.reflections import (
 )
 from mulligan.memory.store import ANSWER_BYTES, ChangePage, Found, Order, Page, Selection, Snapshot
 from mulligan.memory.stores._sql import tags
+from mulligan.memory.stores._sql.sums import Section, damage_of, source_sum
 from mulligan.memory.stores._sql.tables import (
     Characters,
     changes,
@@ -37,16 +38,14 @@ Rows = Sequence[Row]
 
 _STATEMENTS = 256  # of each sort, that are kept
 
+# One after another in a row of STATES.
+ENTRY = Section(reflections, 0)
+STANDING = Section(standings, ENTRY.end, "standing_", (ENTRY,))
+TEXT = Section(texts, STANDING.end, "text_", (ENTRY, STANDING))
+SCOPE = Section(scopes, TEXT.end, "scope_", (ENTRY, STANDING, TEXT))
 _COLUMNS = (
-    *(column for column in reflections.c if column.name not in ("standing_id", "revised_by", "revised_version")),
-    *(
-        standings.c[name]
-        for name in ("revision", "evidence_since", "status", "key", "tags", "tries", "gain", "written")
-    ),
-    *(standings.c[name] for name in ("uses_shown", "uses_left_out", "mean_shown", "mean_left_out")),
-    *(standings.c[name] for name in ("uplift", "lower", "upper", "text_id")),
-    texts.c.text,
-    scopes.c.name.label("scope"),
+    *(column for section in (ENTRY, STANDING, TEXT, SCOPE) for column in section.columns),
+    standings.c.id.label("standing_row"),
 )
 # An entry with one of its standings; an erased one has no text.
 STATES = (
@@ -56,7 +55,20 @@ STATES = (
     .join(scopes, scopes.c.id == standings.c.scope_id)
     .outerjoin(texts, texts.c.id == standings.c.text_id)
 )
-_NEWEST_STATES = STATES.where(standings.c.id == reflections.c.standing_id)
+
+
+def entries_with(standing: Any) -> sa.Select[Any]:
+    """The same, also of entries that have no such standing because it was damaged."""
+    return (
+        sa.select(*_COLUMNS)
+        .select_from(reflections)
+        .outerjoin(standings, standing)
+        .outerjoin(scopes, scopes.c.id == reflections.c.scope_id)
+        .outerjoin(texts, texts.c.id == standings.c.text_id)
+    )
+
+
+_NEWEST_STATES = entries_with(standings.c.id == reflections.c.standing_id)
 
 LATEST_FIRST = standings.c.position.desc()
 
@@ -82,7 +94,8 @@ ORDERINGS: dict[Order, Ordering] = {
     Order.FEWEST_USES: Ordering((standings.c.tries, LATEST_FIRST), lambda row: (row.tries, -row.position)),
 }
 
-_SCOPE = sa.select(scopes).where(scopes.c.name == sa.bindparam("scope_name"))
+_OF_SCOPE = Section(scopes)
+_SCOPE = sa.select(*_OF_SCOPE.columns, scopes.c.id).where(scopes.c.name == sa.bindparam("scope_name"))
 _REDACTED_UNTIL = sa.select(sa.func.max(reflections.c.deleted_version)).where(
     reflections.c.scope_id == sa.bindparam("scope"),
     reflections.c.erased_version.is_not(None),
@@ -93,8 +106,8 @@ _REDACTED_UNTIL = sa.select(sa.func.max(reflections.c.deleted_version)).where(
 
 def at_version(db: sa.Connection, selection: Selection) -> tuple[Row | None, int]:
     """The scope and the version that a selection is about; None for a scope without writes. Raises UNKNOWN_VERSION and
-    SNAPSHOT_REDACTED."""
-    scope = _scope(db, selection.scope)
+    SNAPSHOT_REDACTED, and STATE_DAMAGED for a damaged scope."""
+    scope = scope_row(db, selection.scope)
     newest = scope.version if scope else 0
     version = newest if selection.version is None else selection.version
     if version > newest:
@@ -106,8 +119,12 @@ def at_version(db: sa.Connection, selection: Selection) -> tuple[Row | None, int
     return scope, version
 
 
-def _scope(db: sa.Connection, name: str) -> Row | None:
-    return db.execute(_SCOPE, {"scope_name": name}).one_or_none()
+def scope_row(db: sa.Connection, name: str) -> Row | None:
+    """Raises STATE_DAMAGED."""
+    row = db.execute(_SCOPE, {"scope_name": name}).one_or_none()
+    if row is not None and not (_OF_SCOPE.is_sound(row) and row.name == name):
+        raise damage_of(db).error(f"the scope {name!r}")
+    return row
 
 
 def _readable(db: sa.Connection, scope_id: int, version: int) -> int:
@@ -230,15 +247,41 @@ _NEWEST = _NEWEST_STATES.where(reflections.c.reflection_id == sa.bindparam("want
 
 
 def newest(db: sa.Connection, reflection_id: str) -> Row:
-    """Raises UNKNOWN_REFLECTION."""
+    """Also of what is damaged. Raises UNKNOWN_REFLECTION."""
     row = db.execute(_NEWEST, {"wanted": reflection_id}).one_or_none()
     if row is None:
         raise DomainError(Reason.UNKNOWN_REFLECTION, f"no reflection {reflection_id!r} here")
     return row
 
 
+def sound_newest(db: sa.Connection, reflection_id: str) -> Row:
+    """Raises UNKNOWN_REFLECTION and STATE_DAMAGED."""
+    row = newest(db, reflection_id)
+    if cause := damage_in(row):
+        raise damage_of(db).error(f"the reflection {reflection_id!r}", cause)
+    return row
+
+
+def damage_in(row: Row) -> str:
+    """What is damaged of a row of STATES, or ''."""
+    if not ENTRY.is_sound(row):
+        return "its provenance differs from its checksum"
+    if not (STANDING.is_sound(row) and row.standing_position == row.position):
+        return "its status or evidence differs from its checksum"
+    if not SCOPE.is_sound(row):
+        return "its scope differs from its checksum"
+    erased = row.erased_version is not None and row.text_id == 0
+    if not erased and not (TEXT.is_sound(row) and row.text_position == row.position):
+        return "its text differs from its checksum"
+    return ""
+
+
 def get(db: sa.Connection, reflection_id: str) -> StoredReflection:
-    return as_now(db, [newest(db, reflection_id)])[0]
+    """Raises UNKNOWN_REFLECTION and STATE_DAMAGED."""
+    row = sound_newest(db, reflection_id)
+    if not (found := as_now(db, [row])):
+        raise damage_of(db).error(f"the reflection {reflection_id!r}", "its sources differ from their checksum")
+    return found[0]
 
 
 def page(db: sa.Connection, scope: str, position: int, limit: int, include_deleted: bool) -> Page:
@@ -258,15 +301,26 @@ def page(db: sa.Connection, scope: str, position: int, limit: int, include_delet
     return Page(as_now(db, rows), rows[-1].position if more else None)
 
 
+_CHANGE = Section(changes)
+_SCOPE_OF_CHANGE = Section(scopes, _CHANGE.end, "scope_", (_CHANGE,))
+_CHANGES = sa.select(*_CHANGE.columns, *_SCOPE_OF_CHANGE.columns, changes.c.id).join_from(
+    changes, scopes, scopes.c.id == changes.c.scope_id, isouter=True
+)
+
+
 def change_page(db: sa.Connection, scope: str, position: int, limit: int) -> ChangePage:
-    wanted = sa.select(changes, scopes.c.name.label("scope")).join(scopes, scopes.c.id == changes.c.scope_id)
-    wanted = wanted.where(changes.c.id > position)
+    """Damaged lines are left out; the log of the service tells them."""
+    wanted = _CHANGES.where(changes.c.id > position)
     if scope:
         wanted = wanted.where(changes.c.scope_id == scope_number(scope))
     rows = db.execute(wanted.order_by(changes.c.id).limit(limit + 1)).all()
-    found = (
-        MemoryChange(
-            scope=row.scope,
+    found = []
+    for row in rows[:limit]:
+        if not (_CHANGE.is_sound(row) and _SCOPE_OF_CHANGE.is_sound(row)):
+            damage_of(db).tell(f"line {row.id} of the log of writes")
+            continue
+        change = MemoryChange(
+            scope=row.name,
             version=row.version,
             action=row.action,
             reflection_id=row.reflection_id,
@@ -274,13 +328,12 @@ def change_page(db: sa.Connection, scope: str, position: int, limit: int) -> Cha
             changed_at=instant(row.changed_microseconds),
             detail=row.detail,
         )
-        for row in rows[:limit]
-    )
+        found.append(change)
     return ChangePage(tuple(found), rows[limit - 1].id if len(rows) > limit else None)
 
 
 def snapshot(db: sa.Connection, scope: str) -> Snapshot:
-    row = _scope(db, scope)
+    row = scope_row(db, scope)
     return Snapshot(row.version, row.entries) if row else Snapshot(0, 0)
 
 
@@ -310,8 +363,19 @@ def as_then(db: sa.Connection, rows: Rows) -> tuple[StoredReflection, ...]:
 
 
 def as_now(db: sa.Connection, rows: Rows) -> tuple[StoredReflection, ...]:
+    """What is damaged is left out; the log tells it."""
     origins = _sources(db, [row.position for row in rows]) if rows else {}
-    return tuple(_entry(row, origins.get(row.position, ())) for row in rows)
+    found = []
+    for row in rows:
+        source_ids = origins.get(row.position, ())
+        cause = damage_in(row)
+        if not cause and source_sum(source_ids) != row.source_sum:
+            cause = "its sources differ from their checksum"
+        if cause:
+            damage_of(db).tell(f"the reflection {row.reflection_id!r}", cause)
+        else:
+            found.append(_entry(row, source_ids))
+    return tuple(found)
 
 
 _SOURCES = (
@@ -332,7 +396,7 @@ def _sources(db: sa.Connection, positions: Sequence[int]) -> dict[int, tuple[str
 def _entry(row: Row, source_ids: tuple[str, ...]) -> StoredReflection:
     return StoredReflection(
         reflection_id=row.reflection_id,
-        scope=row.scope,
+        scope=row.name,
         text=row.text or "",
         provenance=provenance(row),
         version=row.version,

@@ -17,8 +17,11 @@ from mulligan.memory.dense import DenseIndex
 from mulligan.memory.store import Found, Selection
 from mulligan.memory.stores._sql import queries
 from mulligan.memory.stores._sql.queries import Row
+from mulligan.memory.stores._sql.sums import Section, damage_of
 from mulligan.memory.stores._sql.tables import reflections, texts
 from mulligan.memory.words import WordIndex
+
+_TEXT = Section(texts)
 
 BATCH = 2_000  # texts
 _MAX_BYTES = 2**31  # of all indexes; those that were used least recently are dropped, but for the one in use
@@ -106,7 +109,7 @@ def _selected(
 
 def _catch_up(db: sa.Connection, index: WordIndex | DenseIndex, scope: Row, embedder: str, limit: int | None) -> bool:
     """Reads the texts that were added since the index's version, or about the first `limit` of them, and those that
-    were closed. Returns whether the index has them all."""
+    were closed, but for damaged ones. Returns whether the index has read them all."""
     _close(db, index, scope)
     since, until = index.texts.version, scope.version
     if since >= until:
@@ -117,15 +120,21 @@ def _catch_up(db: sa.Connection, index: WordIndex | DenseIndex, scope: Row, embe
         until = db.execute(versions.offset(limit - 1).limit(1)).scalar() or until
         conditions.append(texts.c.from_version <= until)
     is_words = isinstance(index, WordIndex)
-    columns = (texts.c.id, texts.c.position, reflections.c.environment, texts.c.from_version, texts.c.until_version)
+    content = texts.c.text if is_words else texts.c.embedding
     opened = (
-        sa.select(*columns, texts.c.text if is_words else texts.c.embedding)
+        sa.select(*_TEXT.columns, texts.c.id, reflections.c.environment, content.label("content"))
         .join(reflections, reflections.c.position == texts.c.position)
         .where(*conditions, *([] if is_words else [texts.c.embedder == embedder]))
         .order_by(texts.c.from_version)
     )
     for row in db.execute(opened.execution_options(yield_per=BATCH)):
-        index.add(*row)
+        if not _TEXT.is_sound(row):
+            damage_of(db).tell(f"text {row.id}", "its checksum differs: searches leave it out")
+            continue
+        try:
+            index.add(row.id, row.position, row.environment, row.from_version, row.until_version, row.content)
+        except ValueError as error:
+            damage_of(db).tell(f"the embedding of text {row.id}", f"{error}: searches leave it out")
     index.texts.version = until
     return bool(until >= scope.version)
 

@@ -3,7 +3,8 @@
 An entry is a row of `reflections`, which has what never changes of it. Each change of anything else closes its row of
 `standings` and opens a new one, so a version of a scope consists of the standings with
 from_version <= version < until_version. An open row has no until_version. The indexes that begin with a scope and an
-environment hold open rows alone, in the order of one retrieval each: the newest version is read by a short walk.
+environment hold open rows alone, in the order of one retrieval each: the newest version is read by a short walk. `crc`
+is the checksum of a row (`sums.py`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class Characters(sa.TypeDecorator[str]):
             return value
         return value.replace("\x1a0", "\x00").replace("\x1a1", "\x1a")
 
+    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Any:
+        """None elsewhere: a call for each value that is read would take longer than to read it."""
+        return super().result_processor(dialect, coltype) if dialect.name == "postgresql" else None
+
 
 class Embedding(sa.TypeDecorator[Any]):
     """A vector of float32: pgvector's type in PostgreSQL, else its bytes, the lowest first."""
@@ -57,7 +62,10 @@ class Embedding(sa.TypeDecorator[Any]):
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
         if value is None or dialect.name == "postgresql":
             return value
-        return np.frombuffer(value, "<f4")
+        try:
+            return np.frombuffer(value, "<f4")
+        except (ValueError, TypeError):
+            return np.full(1, np.nan, "<f4")  # damaged
 
 
 class place_in(FunctionElement[int]):  # noqa: N801 - it reads as a function of SQL
@@ -86,6 +94,7 @@ scopes = sa.Table(
     sa.Column("name", Characters, nullable=False, unique=True),
     sa.Column("version", sa.BigInteger, nullable=False),
     sa.Column("entries", sa.BigInteger, nullable=False),  # that are not deleted
+    sa.Column("crc", sa.BigInteger),
 )
 
 reflections = sa.Table(
@@ -110,6 +119,8 @@ reflections = sa.Table(
     sa.Column("standing_id", Id, nullable=False),  # the newest
     sa.Column("revised_by", Characters),  # request that made the newest revision; none made the first
     sa.Column("revised_version", sa.BigInteger),
+    sa.Column("source_sum", sa.BigInteger),  # the checksum of the ids of its sources
+    sa.Column("crc", sa.BigInteger),
     sa.Index("reflections_of_scope", "scope_id", "position"),
 )
 sa.Index(
@@ -133,6 +144,7 @@ texts = sa.Table(
     sa.Column("from_version", sa.BigInteger, nullable=False),
     sa.Column("until_version", sa.BigInteger),
     sa.Column("digest", sa.Text),  # `store.text_digest`; none in a closed row of an older schema
+    sa.Column("crc", sa.BigInteger),
     sa.Index("texts_of_entry", "position"),
     sa.Index("texts_opened", "scope_id", "from_version"),
     sa.Index("texts_closed", "scope_id", "until_version"),
@@ -153,6 +165,7 @@ answered = sa.Table(
     sa.Column("request", sa.Text, primary_key=True),  # the id that a new entry would have got
     sa.Column("position", Id, nullable=False),
     sa.Column("content", sa.Text, nullable=False),  # `store.request_digest`; empty once the entry is erased
+    sa.Column("crc", sa.BigInteger),
     sa.Index("answered_with", "position"),
 )
 
@@ -182,6 +195,7 @@ standings = sa.Table(
     sa.Column("written", sa.BigInteger, nullable=False),  # the version that last wrote the text
     sa.Column("from_version", sa.BigInteger, nullable=False),
     sa.Column("until_version", sa.BigInteger),
+    sa.Column("crc", sa.BigInteger),
     sa.Index("standings_closed", "scope_id", "until_version"),
     sa.Index("standings_of_entry", "position", "until_version"),
 )
@@ -229,6 +243,7 @@ uses = sa.Table(
     sa.Column("holdout", sa.Double, nullable=False),
     sa.Column("drawn_microseconds", sa.BigInteger, nullable=False),
     sa.Column("reward", sa.Double),
+    sa.Column("crc", sa.BigInteger),
 )
 
 used_entries = sa.Table(
@@ -252,6 +267,7 @@ changes = sa.Table(
     sa.Column("actor", Characters, nullable=False),
     sa.Column("changed_microseconds", sa.BigInteger, nullable=False),
     sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("crc", sa.BigInteger),
     sa.Index("changes_of_scope", "scope_id", "id"),
 )
 

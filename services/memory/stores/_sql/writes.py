@@ -24,7 +24,8 @@ from mulligan.memory.store import (
     uplift_of,
 )
 from mulligan.memory.stores._sql import queries, tags
-from mulligan.memory.stores._sql.queries import Row
+from mulligan.memory.stores._sql.queries import ENTRY, STANDING, TEXT, Row
+from mulligan.memory.stores._sql.sums import Section, damage_of, sealed, source_sum
 from mulligan.memory.stores._sql.tables import (
     answered,
     changes,
@@ -44,34 +45,35 @@ _ADD = reflections.insert()
 _ADD_TEXT = texts.insert()
 _ADD_SOURCES = sources.insert()
 _LOG = changes.insert()
-_FIRST = (
-    sa.select(reflections, standings.c.key, standings.c.tags, texts.c.text)
-    .join(standings, standings.c.position == reflections.c.position)
-    .outerjoin(texts, texts.c.id == standings.c.text_id)
-    .where(reflections.c.reflection_id == sa.bindparam("wanted"), standings.c.from_version == reflections.c.version)
-)
 _STEP = (
     scopes.update()
-    .where(scopes.c.name == sa.bindparam("scope_name"))
-    .values(version=scopes.c.version + 1, entries=scopes.c.entries + sa.bindparam("more"))
-    .returning(scopes.c.id, scopes.c.version)
+    .where(scopes.c.id == sa.bindparam("of"))
+    .values({name: sa.bindparam(f"new_{name}") for name in ("version", "entries", "crc")})
 )
+_OWN = Section(reflections)
+_STANDING = Section(standings, _OWN.end, "standing_", (_OWN,))
 _NEWEST = (
-    sa.select(standings)
-    .join(reflections, reflections.c.standing_id == standings.c.id)
+    sa.select(*_OWN.columns, *_STANDING.columns, standings.c.id)
+    .join_from(reflections, standings, standings.c.id == reflections.c.standing_id)
     .where(reflections.c.position.in_(sa.bindparam("positions", expanding=True)))
 )
+_FIRST = queries.entries_with(
+    sa.and_(standings.c.position == reflections.c.position, standings.c.from_version == reflections.c.version)
+).where(reflections.c.reflection_id == sa.bindparam("wanted"))
 _CLOSE = (
     standings.update()
-    .where(standings.c.id.in_(sa.bindparam("ids", expanding=True)))
-    .values(until_version=sa.bindparam("until"))
+    .where(standings.c.id == sa.bindparam("of"))
+    .values(until_version=sa.bindparam("until"), crc=sa.bindparam("sum"))
 )
 _OPEN = standings.insert().returning(standings.c.id, standings.c.position)
 _POINT = (
     reflections.update()
     .where(reflections.c.position == sa.bindparam("of"))
-    .values(standing_id=sa.bindparam("standing"))
+    .values(standing_id=sa.bindparam("standing"), crc=sa.bindparam("sum"))
 )
+_EACH = Section(standings)
+_ANSWER = Section(answered)
+_ANSWERED = Section(reflections, _ANSWER.end, "entry_", (_ANSWER,))
 
 
 def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
@@ -85,7 +87,7 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
         return known
     scope_id, version = next_version(db, new.scope, entries=1)
     status = first_status(new.labels)
-    added = {
+    added: dict[str, Any] = {
         "reflection_id": identity,
         "scope_id": scope_id,
         "kind": new.labels.kind.value,
@@ -93,7 +95,9 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
         "version": version,
         "created_microseconds": now(),
         "standing_id": 0,
+        "source_sum": source_sum(new.labels.source_ids),
     }
+    added = {name: value for name, value in sealed(reflections, added).items() if name not in ("position", "crc")}
     position = _key(db.execute(_ADD, added))
     text = {"scope_id": scope_id, "position": position, "text": new.text, "digest": digest, "from_version": version}
     text_id = _open_text(db, text, new.embedding, embedder)
@@ -113,7 +117,7 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
         "written": version,
         "from_version": version,
     }
-    open_standings(db, [begun])
+    _open_standings(db, [sealed(standings, begun)], {position: ({**added, "position": position}, True)})
     if origins:
         rows = [{"position": position, "place": place, "source": source} for place, source in enumerate(origins)]
         db.execute(_ADD_SOURCES, rows)
@@ -126,6 +130,8 @@ def _stored_before(db: sa.Connection, identity: str, new: NewReflection) -> Adde
     first = db.execute(_FIRST, {"wanted": identity}).one_or_none()
     if first is None:
         return None
+    if cause := queries.damage_in(first):
+        raise damage_of(db).error(f"the reflection {identity!r}", cause)
     if first.erased_version is None:
         labels = new.labels
         before = (first.text, queries.provenance(first), first.kind, first.key, tags.read(first.tags))
@@ -138,13 +144,15 @@ def _stored_before(db: sa.Connection, identity: str, new: NewReflection) -> Adde
 def _answered_before(db: sa.Connection, identity: str, new: NewReflection) -> Added | None:
     """The answer to the first call with this request id, if that stored nothing. Raises REQUEST_CONFLICT."""
     wanted = (
-        sa.select(answered.c.content, reflections.c.reflection_id, reflections.c.version)
-        .join(reflections, reflections.c.position == answered.c.position)
+        sa.select(*_ANSWER.columns, *_ANSWERED.columns)
+        .join_from(answered, reflections, reflections.c.position == answered.c.position, isouter=True)
         .where(answered.c.request == identity)
     )
     first = db.execute(wanted).one_or_none()
     if first is None:
         return None
+    if not (_ANSWER.is_sound(first) and _ANSWERED.is_sound(first)):
+        raise damage_of(db).error(f"the answer to request {new.request_id!r}")
     if first.content not in ("", request_digest(new)):
         raise _conflict(new)
     return Added(first.reflection_id, first.version)
@@ -167,8 +175,10 @@ def _repeated(db: sa.Connection, identity: str, new: NewReflection, digest: str)
     found = db.execute(wanted).one_or_none()
     if found is None:
         return None
+    queries.sound_newest(db, found.reflection_id)
+    queries.scope_row(db, new.scope)
     row = {"request": identity, "position": found.position, "content": request_digest(new)}
-    db.execute(answered.insert().values(**row))
+    db.execute(answered.insert(), sealed(answered, row))
     scope_id, version = next_version(db, new.scope)
     change_standings(db, version, {found.position: {"written": version}})
     log(db, scope_id, version, "repeat", found.reflection_id, new.actor)
@@ -193,10 +203,10 @@ def _positions(db: sa.Connection, scope: str, identities: Sequence[str]) -> list
 
 
 def revise(db: sa.Connection, rewriting: Rewriting, embedder: str | None) -> Revised:
-    old = queries.newest(db, rewriting.reflection_id)
+    old = queries.sound_newest(db, rewriting.reflection_id)
     if answer := _checked(db, old, rewriting):
         return answer
-    _, version = next_version(db, old.scope)
+    _, version = next_version(db, old.name)
     revision = old.revision + 1
     given = [name for name in ("text", "key", "tags", "status") if getattr(rewriting, name) is not None]
     status = rewriting.status or ReflectionStatus(old.status)
@@ -211,7 +221,7 @@ def revise(db: sa.Connection, rewriting: Rewriting, embedder: str | None) -> Rev
     if rewriting.tags is not None:
         changed["tags"] = tags.written(rewriting.tags)
     if rewriting.text is not None:
-        db.execute(texts.update().where(texts.c.id == old.text_id).values(until_version=version))
+        _rewrite(db, texts.c.id == old.text_id, TEXT, old, until_version=version)
         text = {
             "scope_id": old.scope_id,
             "position": old.position,
@@ -225,9 +235,8 @@ def revise(db: sa.Connection, rewriting: Rewriting, embedder: str | None) -> Rev
         changed |= {"evidence_since": revision, **summary(Evidence(), status)}
     else:
         changed["tries"] = _tries(old.uses_shown + old.uses_left_out, status)
-    change_standings(db, version, {old.position: changed})
     made = {"revised_by": rewriting.request_id, "revised_version": version}
-    db.execute(reflections.update().where(reflections.c.position == old.position).values(**made))
+    change_standings(db, version, {old.position: changed}, made)
     log(db, old.scope_id, version, "revise", old.reflection_id, rewriting.actor, ", ".join(given))
     return Revised(revision, version)
 
@@ -236,15 +245,13 @@ def _checked(db: sa.Connection, old: Row, rewriting: Rewriting) -> Revised | Non
     """The answer to the same call before, if that made the newest revision. Raises what `Store.revise` does."""
     if old.deleted_version is not None:
         raise DomainError(Reason.UNKNOWN_REFLECTION, f"reflection {old.reflection_id!r} was deleted")
-    made = sa.select(reflections.c.revised_by, reflections.c.revised_version)
-    by, version = db.execute(made.where(reflections.c.position == old.position)).one()
-    if by == rewriting.request_id:
+    if old.revised_by == rewriting.request_id:
         before = (old.text, old.key, tags.read(old.tags))
         again = (rewriting.text, rewriting.key, rewriting.tags)
         if any(new not in (None, known) for known, new in zip(before, again, strict=True)):
             message = f"request {rewriting.request_id!r} rewrote reflection {old.reflection_id!r} in another way"
             raise DomainError(Reason.REQUEST_CONFLICT, message)
-        return Revised(old.revision, version)
+        return Revised(old.revision, old.revised_version)
     if rewriting.text is not None and old.kind == ReflectionKind.EPISODE.value:
         raise DomainError(Reason.RAW_ENTRY, f"reflection {old.reflection_id!r} is an episode: its text stays as it is")
     if rewriting.expected_revision != old.revision:
@@ -257,9 +264,9 @@ def delete(db: sa.Connection, identity: str, actor: str) -> int:
     old = queries.newest(db, identity)
     if old.deleted_version is not None:
         return int(old.deleted_version)
-    scope_id, version = next_version(db, old.scope, entries=-1)
-    _close(db, old.position, version)
-    db.execute(reflections.update().where(reflections.c.position == old.position).values(deleted_version=version))
+    scope_id, version = next_version(db, old.name, entries=-1)
+    _close(db, old, version)
+    _rewrite(db, reflections.c.position == old.position, ENTRY, old, deleted_version=version)
     log(db, scope_id, version, "delete", identity, actor)
     return version
 
@@ -270,14 +277,16 @@ def erase(db: sa.Connection, identity: str, actor: str) -> int:
     if old.erased_version is not None:
         return int(old.erased_version)
     kept = old.deleted_version is None
-    scope_id, version = next_version(db, old.scope, entries=-1 if kept else 0)
+    scope_id, version = next_version(db, old.name, entries=-1 if kept else 0)
     if kept:
-        _close(db, old.position, version)
+        _close(db, old, version)
     gone = {"erased_version": version, "deleted_version": version if kept else old.deleted_version}
-    db.execute(reflections.update().where(reflections.c.position == old.position).values(**gone))
+    _rewrite(db, reflections.c.position == old.position, ENTRY, old, **gone)
     db.execute(texts.delete().where(texts.c.position == old.position))
-    db.execute(standings.update().where(standings.c.position == old.position).values(key="", tags="", text_id=0))
-    db.execute(answered.update().where(answered.c.position == old.position).values(content=""))
+    for row in db.execute(sa.select(*_EACH.columns, standings.c.id).where(standings.c.position == old.position)).all():
+        _rewrite(db, standings.c.id == row.id, _EACH, row, key="", tags="", text_id=0)
+    for row in db.execute(sa.select(*_ANSWER.columns).where(answered.c.position == old.position)).all():
+        _rewrite(db, answered.c.request == row.request, _ANSWER, row, content="")
     db.execute(uncleaned.insert().values(reflection_id=identity))
     log(db, scope_id, version, "erase", identity, actor)
     return version
@@ -293,40 +302,66 @@ def cleaned(db: sa.Connection, identities: Sequence[str]) -> None:
 
 
 def next_version(db: sa.Connection, scope: str, entries: int = 0) -> tuple[int, int]:
-    """The scope's id and its new version. `entries` is what the write adds to their number. The row stays locked until
-    the transaction ends, so versions have no gaps."""
-    row = db.execute(_STEP, {"scope_name": scope, "more": entries}).one_or_none()
+    """The scope's id and its new version. `entries` is what the write adds to their number. Writes take turns
+    until their transaction ends, so versions have no gaps. Raises STATE_DAMAGED, and writes nothing."""
+    row = queries.scope_row(db, scope)
     if row is None:
-        return _key(db.execute(scopes.insert().values(name=scope, version=1, entries=entries))), 1
-    return row.id, row.version
+        new = sealed(scopes, {"name": scope, "version": 1, "entries": entries})
+        return _key(db.execute(scopes.insert(), new)), 1
+    step = sealed(scopes, {"name": scope, "version": row.version + 1, "entries": row.entries + entries})
+    changed = {f"new_{name}": step[name] for name in ("version", "entries", "crc")}
+    db.execute(_STEP, {"of": row.id, **changed})
+    return row.id, step["version"]
 
 
 def log(
     db: sa.Connection, scope_id: int, version: int, action: str, identity: str, actor: str, detail: str = ""
 ) -> None:
     row = {"scope_id": scope_id, "version": version, "action": action, "reflection_id": identity, "actor": actor}
-    db.execute(_LOG, {**row, "changed_microseconds": now(), "detail": detail})
+    db.execute(_LOG, sealed(changes, {**row, "changed_microseconds": now(), "detail": detail}))
 
 
-def change_standings(db: sa.Connection, version: int, changed: Mapping[int, dict[str, Any]]) -> None:
+def change_standings(
+    db: sa.Connection, version: int, changed: Mapping[int, dict[str, Any]], made: Mapping[str, Any] | None = None
+) -> None:
     """Of each entry, by position: closes the newest standing and opens one that differs in what changed. That of a
-    deleted entry is open in no version."""
+    deleted entry is open in no version. `made` changes the entry itself."""
     opened, closed = [], []
+    entries: dict[int, tuple[dict[str, Any], bool]] = {}
     for old in db.execute(_NEWEST, {"positions": list(changed)}):
-        kept = {name: value for name, value in old._mapping.items() if name != "id"}
+        kept, sound = _STANDING.values(old), _STANDING.is_sound(old)
+        entries[old.position] = (_OWN.values(old) | dict(made or {}), _OWN.is_sound(old))
         is_open = old.until_version is None
         if is_open:
-            closed.append(old.id)
+            crc = sealed(standings, {**kept, "until_version": version}, sound=sound)["crc"]
+            closed.append({"of": old.id, "until": version, "sum": crc})
         versions = {"from_version": version, "until_version": None if is_open else version}
-        opened.append({**kept, **changed[old.position], **versions})
+        opened.append(sealed(standings, {**kept, **changed[old.position], **versions}, sound=sound))
     if closed:
-        db.execute(_CLOSE, {"ids": closed, "until": version})
-    open_standings(db, opened)
+        db.execute(_CLOSE, closed)
+    _open_standings(db, opened, entries)
+    if made:
+        db.execute(reflections.update().where(reflections.c.position.in_(list(entries))).values(**made))
 
 
-def open_standings(db: sa.Connection, rows: Sequence[dict[str, Any]]) -> None:
-    inserted = db.execute(_OPEN, rows)
-    db.execute(_POINT, [{"standing": standing_id, "of": position} for standing_id, position in inserted])
+def _open_standings(
+    db: sa.Connection, rows: Sequence[dict[str, Any]], entries: Mapping[int, tuple[dict[str, Any], bool]]
+) -> None:
+    """`entries`: those of the rows, by position, and whether they are not damaged."""
+    if not rows:
+        return
+    points = []
+    for standing_id, position in db.execute(_OPEN, rows).all():
+        entry, sound = entries[position]
+        crc = sealed(reflections, {**entry, "standing_id": standing_id}, sound=sound)["crc"]
+        points.append({"standing": standing_id, "of": position, "sum": crc})
+    db.execute(_POINT, points)
+
+
+def _rewrite(db: sa.Connection, which: Any, section: Section, old: Row, **changed: Any) -> None:
+    """Changes columns of one row. A damaged one stays damaged."""
+    new = sealed(section.table, {**section.values(old), **changed}, sound=section.is_sound(old))
+    db.execute(section.table.update().where(which).values({name: new[name] for name in (*changed, "crc")}))
 
 
 def summary(of: Evidence, status: ReflectionStatus) -> dict[str, Any]:
@@ -345,15 +380,14 @@ def _tries(uses: int, status: ReflectionStatus) -> int:
     return uses * (_QUARANTINED_COUNTS if status is ReflectionStatus.QUARANTINED else 1)
 
 
-def _close(db: sa.Connection, position: int, version: int) -> None:
-    for table in (standings, texts):
-        is_open = (table.c.position == position, table.c.until_version.is_(None))
-        db.execute(table.update().where(*is_open).values(until_version=version))
+def _close(db: sa.Connection, old: Row, version: int) -> None:
+    _rewrite(db, standings.c.id == old.standing_id, STANDING, old, until_version=version)
+    _rewrite(db, texts.c.id == old.text_id, TEXT, old, until_version=version)
 
 
 def _open_text(db: sa.Connection, row: Mapping[str, Any], embedding: Sequence[float], embedder: str | None) -> int:
     embedded = {"embedding": list(embedding), "embedder": embedder} if len(embedding) else {}
-    return _key(db.execute(_ADD_TEXT, {**row, **embedded}))
+    return _key(db.execute(_ADD_TEXT, sealed(texts, {**row, **embedded})))
 
 
 def _key(inserted: sa.CursorResult[Any]) -> int:

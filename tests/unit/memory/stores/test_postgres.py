@@ -128,7 +128,7 @@ async def test_a_newer_schema_and_another_programs_tables_are_left_alone(server:
     database = server.new_database()
     await (await postgres.open(server.location(database), SETTINGS)).close()
     server.run("UPDATE alembic_version SET version_num = '99'", database)
-    with pytest.raises(StoreError, match=f"{database} has schema 99, and this program knows schemas up to 4"):
+    with pytest.raises(StoreError, match=f"{database} has schema 99, and this program knows schemas up to 5"):
         await postgres.open(server.location(database), SETTINGS)
     database = server.new_database()
     server.run("CREATE TABLE photos (name TEXT)", database)

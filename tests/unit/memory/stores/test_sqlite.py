@@ -56,7 +56,7 @@ async def test_a_database_of_a_newer_schema_is_left_alone(tmp_path: Path) -> Non
     with sqlite3.connect(tmp_path / "memory.db") as db:
         db.execute("UPDATE alembic_version SET version_num = '99'")
     db.close()
-    with pytest.raises(StoreError, match=r"memory\.db has schema 99, and this program knows schemas up to 4"):
+    with pytest.raises(StoreError, match=r"memory\.db has schema 99, and this program knows schemas up to 5"):
         await open_in(tmp_path)
 
 
