@@ -11,7 +11,6 @@ from typing import Annotated
 
 import msgspec
 import typer
-from google.protobuf.message import Message
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, MemoryAddress
 from mulligan.cli.memory.entries import Scope, asked
@@ -90,7 +89,10 @@ def _read(file: Path, scope: str) -> list[StoredReflection]:
             entry = msgspec.json.decode(line, type=StoredReflection)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             fail(f"{file}, line {number}: {error}", 2)
-        if problems := violations(_addition(entry, scope)):
+        labels = Labels(entry.kind, entry.key, entry.tags, entry.source_ids)
+        target, request_id = scope or entry.scope, f"{_REQUEST}{entry.reflection_id}"
+        addition = wire.addition_to_proto(request_id, target, entry.text, entry.provenance, labels)
+        if problems := violations(addition):
             fail(f"{file}, line {number}: {problems[0]}", 2)
         if entry.reflection_id in lines:
             fail(f"{file}, line {number}: {entry.reflection_id!r} was in line {lines[entry.reflection_id]}", 2)
@@ -101,12 +103,6 @@ def _read(file: Path, scope: str) -> list[StoredReflection]:
             if lines.get(source, 0) >= lines[entry.reflection_id]:
                 fail(f"{file}, line {lines[entry.reflection_id]}: its source {source!r} has to come before it", 2)
     return entries
-
-
-def _addition(entry: StoredReflection, scope: str) -> Message:
-    request_id = f"{_REQUEST}{entry.reflection_id}"
-    labels = Labels(entry.kind, entry.key, entry.tags, entry.source_ids)
-    return wire.addition_to_proto(request_id, scope or entry.scope, entry.text, entry.provenance, labels)
 
 
 class _Import:

@@ -11,7 +11,7 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
-from mulligan.cli.out import safe
+from mulligan.common.text import safe
 from mulligan.testing.processes import ServiceProcesses
 from tests.support.console import browser, console
 from tests.support.waiting import wait_until

@@ -294,7 +294,7 @@ def page(db: sa.Connection, scope: str, position: int, limit: int, include_delet
     size, more = 0, False
     with db.execute(wanted.order_by(reflections.c.position).limit(limit + 1).execution_options(yield_per=16)) as found:
         for row in found:
-            size += len((row.text or "").encode())
+            size += len((row.text or "").encode(errors="replace"))
             if more := bool(rows) and (len(rows) == limit or size > ANSWER_BYTES):
                 break
             rows.append(row)

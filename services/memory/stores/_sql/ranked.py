@@ -51,13 +51,14 @@ class Indexes:
         with self._lock:
             return scope is None or _catch_up(db, self._index(kind, scope.id), scope, embedder, BATCH)
 
-    def read_erasures(self, db: sa.Connection, scope_name: str) -> None:
-        """What an index has of erased entries is gone."""
-        scope, _ = queries.at_version(db, Selection(scope_name, ""))
-        with self._lock:
-            for (_, scope_id), index in self._kept.items():
-                if scope is not None and scope_id == scope.id:
-                    _close(db, index, scope)
+    def erase(self, db: sa.Connection, reflection_id: str) -> None:
+        """What the indexes have of an erased entry is gone. (Those of other servers do it before their next search.)"""
+        known = sa.select(reflections.c.scope_id, reflections.c.position, reflections.c.deleted_version)
+        for scope_id, position, version in db.execute(known.where(reflections.c.reflection_id == reflection_id)):
+            with self._lock:
+                for (_, indexed), index in self._kept.items():
+                    if indexed == scope_id:
+                        index.erase(position, version)
 
     def find_words(self, db: sa.Connection, selection: Selection, text: str, limit: int) -> Found:
         scope, version = queries.at_version(db, selection)

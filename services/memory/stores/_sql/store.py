@@ -105,7 +105,7 @@ class SqlStore(ABC):
     async def erase(self, reflection_id: str, actor: str = "") -> int:
         version = await self._write(lambda db: writes.erase(db, reflection_id, actor))
         await self._clean()
-        await self._read(lambda db: self._indexes.read_erasures(db, queries.newest(db, reflection_id).scope))
+        await self._read(lambda db: self._indexes.erase(db, reflection_id))
         return version
 
     async def record_uses(self, drawn: Sequence[DrawnUse]) -> None:

@@ -304,7 +304,12 @@ async def test_a_first_search_reads_the_texts_in_parts_and_other_calls_go_on(
     store = await open_in(tmp_path)
     turns: list[str] = []
     real = ranked.Indexes.read
-    monkeypatch.setattr(ranked.Indexes, "read", lambda *given: (turns.append("part"), real(*given))[1])
+
+    def read(*given: Any) -> bool:
+        turns.append("part")
+        return real(*given)
+
+    monkeypatch.setattr(ranked.Indexes, "read", read)
 
     async def other_calls() -> None:
         while turns.count("part") < 3:
