@@ -371,7 +371,7 @@ class Run:
             self._notice_once(drop_notices(metrics))
         learned = _clock()
         await self._publish(policy)
-        await runner.memorise(step.kept, step.replaced)
+        await runner.memorise(step.kept, step.replaced, rewrites=journal.completed is None)
         metrics |= {
             "policy_version": float(policy.version),
             "seconds": _clock() - start,
