@@ -552,8 +552,8 @@ class AlgorithmConfig(_message.Message):
     """The key of a document that the run's reflections rewrite, instead of adding rules: at most 200 characters. Each step's
     best reflection of an environment, by the reward of the attempt after it, and among equals the latest, becomes the new
     text of the scope's entry of kind DOCUMENT with this key and environment. The document is added where there is none.
-    With it, memory_writes is not NONE, memory_strategy neither LATEST_SUCCESS nor TOP_GAIN, and memory_family false. No
-    document when empty. Default empty.
+    With it, memory_writes is not NONE, memory_strategy neither LATEST_SUCCESS nor TOP_GAIN, and memory_family false. Default
+    "", no document.
     """
     @_builtins.property
     def settings(self) -> _struct_pb2.Struct:
