@@ -115,6 +115,9 @@ def test_how_to_read_means_nothing_where_nothing_is_read() -> None:
         "algorithm.memory_tokens: it has no effect with algorithm.memory_entries = 0",
         "algorithm.memory_readers: it has no effect with algorithm.memory_entries = 0",
     ]
-    assert (
-        idle_notices(RunSettings.model_validate({"environment": "e", "algorithm": table | {"memory_entries": 1}})) == []
-    )
+    for reads in (table | {"memory_entries": 1}, DOCUMENT):
+        assert idle_notices(RunSettings.model_validate({"environment": "e", "algorithm": reads})) == []
+    unread = RunSettings.model_validate({"environment": "e", "algorithm": DOCUMENT | {"memory_entries": 0}})
+    assert idle_notices(unread) == [
+        "algorithm.memory_document: the run does not read it with algorithm.memory_entries = 0"
+    ]
