@@ -14,12 +14,14 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4
 # Keyed on what was installed, not on time stamps, which a checkout changes.
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt requirements.lock | cksum | cut -d' ' -f1)
 
-# What makes requirements.lock, and lists what is installed. Each has an environment of its own, as neither is needed to run.
-UV := .stamps/uv-0.13.9/bin/uv
-CYCLONEDX := .stamps/cyclonedx-7.5.0/bin/cyclonedx-py
+# What makes requirements.lock, and lists what is installed: in an environment of its own, as neither is needed to run.
+TOOLS_HOME := .stamps/tools-$(shell cksum < requirements-tools.lock | cut -d' ' -f1)
+TOOLS := $(TOOLS_HOME)/.installed
+UV := $(TOOLS_HOME)/bin/uv
+CYCLONEDX := $(TOOLS_HOME)/bin/cyclonedx-py
 
-BUF_VERSION := 1.75.0
-BUF_HOME := .stamps/buf-$(BUF_VERSION)
+BUF_FILES := $(addprefix proto/lint/,package.json package-lock.json .npmrc)
+BUF_HOME := .stamps/buf-$(shell cat $(BUF_FILES) | cksum | cut -d' ' -f1)
 export BUF := $(BUF_HOME)/node_modules/.bin/buf
 RELEASED := proto/released/v1.binpb
 MAYBE_BUF := $(if $(shell command -v npm),$(BUF))
@@ -32,8 +34,8 @@ TYPESCRIPT_INSTALLED := $(TYPESCRIPT_HOME)/.installed
 export TYPESCRIPT_MODULES := $(TYPESCRIPT_HOME)/node_modules
 MAYBE_TYPESCRIPT := $(if $(shell command -v npm),$(TYPESCRIPT_INSTALLED))
 
-OPENENV_PINS := benchmarks/openenv/requirements.txt
-OPENENV_HOME := .stamps/openenv-$(shell sed -n 's/^openenv-core==//p' $(OPENENV_PINS))
+OPENENV_PINS := benchmarks/openenv/requirements.lock
+OPENENV_HOME := .stamps/openenv-$(shell sed -n 's/^openenv-core==\([^ ]*\).*/\1/p' $(OPENENV_PINS))
 export OPENENV := $(OPENENV_HOME)/.installed-$(shell cksum < $(OPENENV_PINS) | cut -d' ' -f1)
 
 .PHONY: help
@@ -56,9 +58,10 @@ $(INSTALLED): pyproject.toml constraints.txt requirements.lock
 
 $(BUF):
 	@command -v npm >/dev/null || { echo "error: buf lints the contracts and is installed by npm, which is not on the PATH" >&2; exit 1; }
-	@echo "installing buf $(BUF_VERSION)"
-	@mkdir -p $(BUF_HOME)
-	@npm install --prefix $(BUF_HOME) --no-save --no-package-lock --no-audit --no-fund --loglevel=error @bufbuild/buf@$(BUF_VERSION)
+	@echo "installing buf"
+	@rm -rf $(BUF_HOME) && mkdir -p $(BUF_HOME) && cp $(BUF_FILES) $(BUF_HOME)
+	@# Without its script: that would download the program by itself, if npm had not installed it.
+	@npm ci --prefix $(BUF_HOME) --ignore-scripts --no-audit --no-fund --loglevel=error
 
 .PHONY: buf
 buf: $(BUF) ## install buf, which lints the contracts
@@ -76,7 +79,7 @@ $(OPENENV):
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer on the PATH; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "installing OpenEnv in an environment of its own: $(OPENENV_HOME)"
 	@rm -rf $(OPENENV_HOME) && $(PYTHON) -m venv $(OPENENV_HOME)
-	@$(OPENENV_HOME)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --requirement $(OPENENV_PINS)
+	@$(OPENENV_HOME)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes --requirement $(OPENENV_PINS)
 	@touch $@
 
 .PHONY: openenv
@@ -131,20 +134,27 @@ proto: $(INSTALLED) ## generate the stubs and docs/contracts.md from the contrac
 	@$(BIN)/python proto/generate.py
 	@$(BIN)/python proto/document.py
 
-$(UV) $(CYCLONEDX): .stamps/%:
-	@$(PYTHON) -m venv .stamps/$(firstword $(subst /, ,$*))
-	@name=$(firstword $(subst /, ,$*)); package=$${name%-*}; \
-		.stamps/$$name/bin/python -m pip install -qq --disable-pip-version-check "$${package/cyclonedx/cyclonedx-bom}==$${name##*-}"
+$(TOOLS):
+	@rm -rf $(TOOLS_HOME) && $(PYTHON) -m venv $(TOOLS_HOME)
+	@$(TOOLS_HOME)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes --requirement requirements-tools.lock
+	@touch $@
+
+HASHES := pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11
 
 .PHONY: lock
-lock: $(UV) ## write requirements.lock, the hashes of all files of the versions in constraints.txt
+lock: $(TOOLS) ## write requirements.lock and the other .lock files: the hashes of all files of the pinned versions
 	@{ echo '# Hashes of the files of constraints.txt; `make lock` writes them. Without torch, whose builds differ by index.'; \
-		$(UV) pip compile constraints.txt --quiet --no-deps --generate-hashes --no-header --no-annotate --no-emit-index-url \
-		--no-emit-package torch --python-version 3.11; } > requirements.lock.new
+		$(UV) $(HASHES) constraints.txt --no-deps --no-emit-package torch; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
+	@{ echo '# Hashes of the files of requirements-tools.txt and of what these need; `make lock` writes them.'; \
+		$(UV) $(HASHES) requirements-tools.txt --universal; } > requirements-tools.lock.new
+	@mv requirements-tools.lock.new requirements-tools.lock
+	@{ echo '# Hashes of the files of requirements.txt; `make lock` writes them.'; \
+		$(UV) $(HASHES) benchmarks/openenv/requirements.txt --no-deps; } > $(OPENENV_PINS).new
+	@mv $(OPENENV_PINS).new $(OPENENV_PINS)
 
 .PHONY: sbom
-sbom: $(INSTALLED) $(CYCLONEDX) ## write build/sbom.json, a list of all that is installed in .venv (CycloneDX)
+sbom: $(INSTALLED) $(TOOLS) ## write build/sbom.json, a list of all that is installed in .venv (CycloneDX)
 	@mkdir -p build && $(CYCLONEDX) environment --output-reproducible --pyproject pyproject.toml --output-file build/sbom.json $(BIN)/python
 
 .PHONY: release-contract
@@ -164,6 +174,14 @@ demo-lm: $(INSTALLED) ## fetch a real language model of 135 million parameters, 
 .PHONY: model
 model: $(INSTALLED) ## make the embedded model again, from its recipe
 	@$(BIN)/python -m mulligan.models.recipe $(ARGS)
+
+.PHONY: recording
+recording: $(INSTALLED) ## make the recorded runs of `mulligan ui --demo` again: ten minutes on two cores
+	@$(BIN)/python -m tests.support.recording $(ARGS)
+
+.PHONY: screenshots
+screenshots: $(INSTALLED) ## make the pictures of the console in docs/images again; needs Chromium with ChromeDriver
+	@$(BIN)/python -m tests.support.screenshots
 
 .PHONY: bench
 bench: $(INSTALLED) $(OPENENV) ## measure; each benchmark prints its own table

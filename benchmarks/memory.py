@@ -360,9 +360,8 @@ def tell(title: str, size: int, found: Measured) -> None:
     print_table(["query", "p50 ms", "p99 ms", "CPU ms", "aim for p99"], rows)
     alone = found.alone.row
     print(f"\nthe first searches, which read all texts: {found.first:.1f} s")
-    print(
-        f"additions that wait together: {found.writes_per_second:,.0f}/s; one addition alone: {alone[0]:.2f} ms, CPU {alone[2]:.2f} ms"
-    )
+    lone = f"{alone[0]:.2f} ms, CPU {alone[2]:.2f} ms"
+    print(f"additions that wait together: {found.writes_per_second:,.0f}/s; one addition alone: {lone}")
     print(f"bytes of an entry: {found.memory:,.0f} in memory, {found.disk:,.0f} on the disk")
     print(f"recall of {RECALLED} against products in float64: {found.recall}")
 

@@ -6,7 +6,7 @@ FROM ${BASE} AS build
 WORKDIR /src
 COPY pyproject.toml LICENSE NOTICE constraints.txt requirements.lock docker/install.sh ./
 # Extras of pyproject.toml: gymnasium, reasoning-gym and textarena are others.
-ARG EXTRAS=env,hotpotqa,openenv
+ARG EXTRAS=env,hotpotqa,openenv,otel
 ARG WHEELS=docker/wheels
 # Where torch is looked for; see policy.Dockerfile. Only the extra hotpotqa-dense needs it.
 ARG TORCH_INDEX=""

@@ -13,19 +13,43 @@ install() {
         --progress-bar=off --quiet "$@"
 }
 
-# Of a report of pip: the packages to install, as lines of requirements.lock where they are there, else by their version.
-# The project itself is neither.
+# Of a report of pip: the packages to install, as lines of requirements.lock where they are there. Torch, and what a
+# package of torch brings along, may be by the version alone; anything else that the lock lacks is refused. The project
+# itself is neither.
 SELECT='
 import json, re, sys
+from importlib import metadata
+def plain(name): return re.sub("[-_.]+", "-", name).lower()
 lock = {re.split("==", block)[0].lower(): block for block in re.split(r"\n(?=[a-zA-Z0-9])", open("requirements.lock").read())}
+report = {plain(found["metadata"]["name"]): found for found in json.load(open("report.json"))["install"]}
+def needs(name):
+    if name in report:
+        return report[name]["metadata"].get("requires_dist") or ()
+    try:
+        return metadata.requires(name) or ()  # it was installed before
+    except metadata.PackageNotFoundError:
+        return ()
+brought, of_torch = ["torch"], set()
+while brought:
+    name = brought.pop()
+    if name not in of_torch:
+        of_torch.add(name)
+        brought += [plain(re.match("[A-Za-z0-9._-]+", need)[0]) for need in needs(name) if "extra ==" not in need]
+refused = []
 with open("locked.txt", "w") as locked, open("unlocked.txt", "w") as unlocked:
-    for found in json.load(open("report.json"))["install"]:
-        name, version = (found["metadata"][part] for part in ("name", "version"))
-        block = lock.get(re.sub("[-_.]+", "-", name).lower(), "")
-        if block.startswith(block.split("==")[0] + "==" + version + " "):
+    for name, found in report.items():
+        pin = name + "==" + found["metadata"]["version"]
+        block = lock.get(name, "")
+        if block.startswith(pin + " "):
             print(block, file=locked)
-        elif "dir_info" not in found["download_info"]:
-            print(f"{name}=={version}", file=unlocked)
+        elif "dir_info" in found["download_info"]:
+            pass
+        elif name in of_torch:
+            print(pin, file=unlocked)
+        else:
+            refused.append(pin)
+if refused:
+    sys.exit("error: requirements.lock has no hash of " + ", ".join(sorted(refused)) + ": pin it in constraints.txt, then `make lock`")
 '
 
 # Resolves at the versions of constraints.txt, and installs by hash.

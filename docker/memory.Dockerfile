@@ -6,7 +6,7 @@ FROM ${BASE} AS build
 WORKDIR /src
 COPY pyproject.toml LICENSE NOTICE constraints.txt requirements.lock docker/install.sh ./
 # Extras of pyproject.toml: postgres is another. With certs it makes certificates, as compose.yaml has it do.
-ARG EXTRAS=memory,certs
+ARG EXTRAS=memory,certs,otel
 ARG WHEELS=docker/wheels
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[${EXTRAS}]"
@@ -22,7 +22,7 @@ LABEL org.opencontainers.image.title="mulligan-memory" \
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh /data/memory /run/tokens /run/env-tokens /run/tls /run/engine-key /data/engine /data/models \
     /run/certs /run/certs/services /run/certs/services/env /run/certs/services/policy /run/certs/services/memory \
-    /run/certs/services/trainer
+    /run/certs/services/trainer /run/certs/others /run/certs/others/jaeger
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
 ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

@@ -17,7 +17,7 @@ FROM torch AS build
 ARG WHEELS=docker/wheels
 COPY pyproject.toml LICENSE NOTICE ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
-    sh install.sh /opt/mulligan ".[policy,openai,sglang,vllm]"
+    sh install.sh /opt/mulligan ".[policy,openai,sglang,vllm,otel]"
 COPY services/__init__.py services/__init__.pyi /app/mulligan/
 COPY services/common /app/mulligan/common
 COPY services/policy /app/mulligan/policy

@@ -17,7 +17,7 @@ FROM torch AS build
 ARG WHEELS=docker/wheels
 COPY pyproject.toml LICENSE NOTICE ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
-    sh install.sh /opt/mulligan ".[trainer,cli]"
+    sh install.sh /opt/mulligan ".[trainer,cli,otel]"
 COPY services /app/mulligan
 COPY models /app/mulligan/models
 COPY recipes /app/mulligan/recipes

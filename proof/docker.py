@@ -35,10 +35,12 @@ VERSION = """
 import asyncio
 from pathlib import Path
 from mulligan.common.channel import Endpoint
+from mulligan.common.tls import ClientTls
 from mulligan.policy.client import PolicyClient
 
 async def main():
-    endpoint = Endpoint("127.0.0.1:50052", token_file=Path("/run/tokens/reader"))
+    tls = ClientTls(ca=Path("/run/tls/ca.crt"))
+    endpoint = Endpoint("127.0.0.1:50052", token_file=Path("/run/tokens/reader"), tls=tls)
     print((await PolicyClient(endpoint).info("")).policy_version)
 
 asyncio.run(main())

@@ -84,7 +84,7 @@ def sokoban_legends(_: Path, each: int = 4) -> dict[str, Any]:
     """Success on the test rooms of the untrained model, `each` times: without a legend, and with the four lines that it
     can read. None of them names a box or a wall."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    model = Qwen3ForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    model = Qwen3ForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32, use_safetensors=True)
     environment = load_or_explain("sokoban-small", DEFAULT_ENVIRONMENTS["sokoban-small"])
     count = environment.info.task_counts[Split.TEST]
     ids = [task.task_id for task in environment.list_tasks(Split.TEST, 0, count) for _ in range(each)]
@@ -103,7 +103,7 @@ def sokoban_legends(_: Path, each: int = 4) -> dict[str, Any]:
 def hotpotqa_answers(_: Path, each: int = 4) -> dict[str, Any]:
     """The model's answers to the test questions, `each` times at temperature 1. A turn without a search is the last."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    model = Qwen3ForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    model = Qwen3ForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32, use_safetensors=True)
     environment = create("hotpotqa", Settings())
     solver = environment.info.prompts.solver
     results: list[StepResult] = []

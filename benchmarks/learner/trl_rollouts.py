@@ -140,7 +140,7 @@ def train(settings: RunSettings, steps: int) -> Training:
     clock = Clock(settings.algorithm.optimizer_steps)
     with TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32, use_safetensors=True),
             args=config(settings, steps, environment.info.max_steps, Path(folder)),
             train_dataset=dataset,
             processing_class=tokenizer(),

@@ -40,7 +40,7 @@ class TrlStep:
                 beta=0.0,
             )
             self._trainer: Any = GRPOTrainer(
-                model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+                model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True),
                 args=config,
                 train_dataset=Dataset.from_dict({"prompt": ["a"]}),
                 processing_class=AutoTokenizer.from_pretrained(model),

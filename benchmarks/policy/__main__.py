@@ -117,7 +117,9 @@ async def embedded(arguments: argparse.Namespace, path: Path, folder: Path, dtyp
     settings = {"model": str(path), "threads": arguments.threads, "device": arguments.device}
     async with AsyncExitStack() as stack:
         client = await service_client(stack, folder / "embedded", **settings)
-        plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(arguments.device).eval()
+        plain = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(arguments.device).eval()
+        )
         backend = TransformersBackend(PolicySettings.model_validate(settings))
         stack.push_async_callback(backend.close)
         size = backend.model.vocabulary_size

@@ -78,7 +78,7 @@ class UpdateSeries:
         self._folder = folder
         self._fingerprint = fingerprint
         self._dtype = dtype
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True)
         self._model = loaded.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)
         text = self._model.config.get_text_config()

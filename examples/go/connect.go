@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -21,10 +23,11 @@ const retries = `{"methodConfig": [{"name": [{}], "retryPolicy": {
 	"maxAttempts": 5, "initialBackoff": "0.2s", "maxBackoff": "5s", "backoffMultiplier": 2,
 	"retryableStatusCodes": ["UNAVAILABLE"]}}]}`
 
-// connect returns a connection to a service; with ca, the file of a certificate authority, over TLS.
+// connect returns a connection to a service; with ca, the file of a certificate authority, over TLS. Without it, no token
+// goes to another machine, where others could read it on its way, unless insecure allows that.
 //
 // It keeps to what grpc-go has offered since 1.33, so that it builds with Debian's packages, too.
-func connect(address, ca string) (*grpc.ClientConn, error) {
+func connect(address, ca string, insecure bool) (*grpc.ClientConn, error) {
 	transport := grpc.WithInsecure()
 	if ca != "" {
 		tls, err := credentials.NewClientTLSFromFile(ca, "")
@@ -39,9 +42,18 @@ func connect(address, ca string) (*grpc.ClientConn, error) {
 		grpc.WithUnaryInterceptor(withDeadline),
 	}
 	if token := tokenOf(address, "trainer"); token != "" {
+		if ca == "" && !insecure && !isLocal(address) {
+			return nil, fmt.Errorf("the token for %s would cross the network without TLS: expected --ca FILE, or --insecure", address)
+		}
 		options = append(options, grpc.WithPerRPCCredentials(bearer(token)))
 	}
 	return grpc.Dial(address, options...)
+}
+
+// isLocal tells whether only this machine can be at the address.
+func isLocal(address string) bool {
+	host, _, err := net.SplitHostPort(address)
+	return err == nil && (host == "localhost" || net.ParseIP(host).IsLoopback())
 }
 
 // tokenOf returns MULLIGAN_CLI_TOKEN or, if it is not set, the token that `mulligan up` made for services at an address of

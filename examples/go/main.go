@@ -27,6 +27,7 @@ flags:
 
 type options struct {
 	env, policy, trainer, ca string
+	insecure                 bool
 
 	environment, task, prompt, runID string
 	temperature                      float64
@@ -46,6 +47,7 @@ func main() {
 	flags.StringVar(&o.policy, "policy", fallback("MULLIGAN_CLI_POLICY", "127.0.0.1:50052"), "`HOST:PORT` of the policy service")
 	flags.StringVar(&o.trainer, "trainer", fallback("MULLIGAN_CLI_TRAINER", "127.0.0.1:50054"), "`HOST:PORT` of the trainer service")
 	flags.StringVar(&o.ca, "ca", "", "`FILE` with the certificate authority of services with TLS")
+	flags.BoolVar(&o.insecure, "insecure", false, "send the token to another machine without TLS")
 	flags.StringVar(&o.environment, "environment", "frozenlake-3x3", "play, train: `NAME` of the environment")
 	flags.StringVar(&o.task, "task", "", "play: `ID` of the task; the first of the test split by default")
 	flags.StringVar(&o.prompt, "prompt", "Hello", "stream: `TEXT` of the user's message")
@@ -78,7 +80,7 @@ func run(ctx context.Context, command string, o options) error {
 	if !known {
 		return fmt.Errorf("no command %q; there are: play, stream, train", command)
 	}
-	service, err := connect(address, o.ca)
+	service, err := connect(address, o.ca, o.insecure)
 	if err != nil {
 		return err
 	}
@@ -89,7 +91,7 @@ func run(ctx context.Context, command string, o options) error {
 	case "train":
 		return train(ctx, trainerv1.NewRunServiceClient(service), o.runID, smallRun(o.environment, int32(o.steps)))
 	}
-	environments, err := connect(o.env, o.ca)
+	environments, err := connect(o.env, o.ca, o.insecure)
 	if err != nil {
 		return err
 	}

@@ -210,10 +210,15 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def said(error: BaseException) -> str:
-    """What the error says and, where a token is missing, how a command gets one."""
+    """What the error says and, where a token or the credential of a run is missing, how a command gets one."""
     if isinstance(error, DomainError) and error.reason is Reason.BAD_CREDENTIAL:
         return (
             f"{error}: {TOKEN}_FILE names its file; without that variable and {TOKEN}, a command has the token of your "
             f"own `mulligan up` while it runs at that address, 127.0.0.1:PORT"
+        )
+    if isinstance(error, DomainError) and error.reason is Reason.RUN_CREDENTIAL:
+        return (
+            f"{error}. A command sends the one of {RUN_CREDENTIAL}, else the one that `mulligan train` got when it "
+            f"started the run; `mulligan token` prints another, and administrators need none"
         )
     return str(error)

@@ -11,6 +11,7 @@ from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint,
 from mulligan.cli.out import fail, show
 from mulligan.cli.overrides import read_overrides
 from mulligan.cli.progress import EvaluationDisplay, by_protocol
+from mulligan.cli.run_credentials import recall_credential
 from mulligan.cli.runs import whole_run_id
 from mulligan.common.errors import DomainError
 from mulligan.trainer.client import RunClient
@@ -75,6 +76,8 @@ async def _evaluate(
     client = RunClient(endpoint(trainer))
     try:
         whole = await whole_run_id(client, run_id) if run_id else ""
+        if whole:
+            recall_credential(client, trainer, whole)
         with EvaluationDisplay(environment) as display:
             result, version = await client.evaluate(
                 environment,

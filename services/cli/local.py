@@ -53,7 +53,7 @@ class _Process:
     def start(self) -> None:
         self.started.append(time.monotonic())
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("ab") as log:
+        with open(self.log, "ab", opener=_open_private) as log:
             # A process group of its own: Ctrl-C in the terminal reaches this process alone, which ends the others.
             self.process = subprocess.Popen(
                 self.command,
@@ -68,7 +68,11 @@ class _Process:
         """Has a long log begin anew, and keeps what it had as NAME.log.1, in place of what that had. The service writes
         to the end of the same file and notices nothing. Raises OSError; then the log is as it was."""
         if self.log.stat().st_size > LOG_BYTES:
-            shutil.copyfile(self.log, self.log.with_name(f"{self.log.name}.1"))
+            with (
+                open(self.log, "rb") as log,
+                open(self.log.with_name(f"{self.log.name}.1"), "wb", opener=_open_private) as kept,
+            ):
+                shutil.copyfileobj(log, kept)
             os.truncate(self.log, 0)
             self._log_start = 0
 
@@ -141,8 +145,7 @@ class LocalServices:
         return {name: one.process.pid for name, one in self._processes.items() if one.process is not None}
 
     async def __aenter__(self) -> LocalServices:
-        for folder in ("logs", "weights", "runs", "checkpoints", "policy"):
-            (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        self._make_folders()
         self.tokens.make()
         self._check_ports()
         for process in self._processes.values():
@@ -160,6 +163,12 @@ class LocalServices:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._end()
+
+    def _make_folders(self) -> None:
+        """What is made can be read by this user alone, whatever the umask of the process."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        for folder in ("", "logs", "weights", "runs", "checkpoints", "policy"):
+            (self.folder / folder).mkdir(mode=0o700, exist_ok=True)
 
     def endpoint(self, service: str, role: AccessRole = AccessRole.ADMIN) -> Endpoint:
         """A service's, with a token of this role."""
@@ -237,6 +246,17 @@ class LocalServices:
             except subprocess.TimeoutExpired:
                 process.kill()
                 await asyncio.to_thread(process.wait)
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Opens a file that its user alone can read, also one that an earlier release made for all."""
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _is_free(address: str) -> bool:

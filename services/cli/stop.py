@@ -8,6 +8,7 @@ import typer
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, command, endpoint, run
 from mulligan.cli.out import Heartbeat, show
+from mulligan.cli.run_credentials import recall_credential
 from mulligan.cli.runs import whole_run_id
 from mulligan.cli.watch import watch_run
 from mulligan.trainer.client import RunClient
@@ -55,6 +56,7 @@ async def _stop(run_id: str, trainer: str) -> tuple[RunState, str]:
         whole = await whole_run_id(client, run_id)
         state = (await client.get(whole)).state
         if state is RunState.RUNNING:
+            recall_credential(client, trainer, whole)
             await client.stop(whole)
         return state, whole
     finally:
@@ -65,6 +67,7 @@ async def _resume(run_id: str, watch: bool, accept_environment: bool, trainer: s
     client = RunClient(endpoint(trainer))
     try:
         whole = await whole_run_id(client, run_id)
+        recall_credential(client, trainer, whole)
         with Heartbeat(lambda: f"resuming run {whole}"):  # the trainer looks at the environment first
             await client.resume(whole, accept_environment=accept_environment)
     finally:

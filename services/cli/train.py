@@ -15,6 +15,7 @@ from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint,
 from mulligan.cli.dry_run import dry_run, read_assumptions
 from mulligan.cli.out import fail, show
 from mulligan.cli.recipes import recipe_file
+from mulligan.cli.run_credentials import keep_credential, recall_credential
 from mulligan.cli.watch import watch_run
 from mulligan.common.errors import DomainError
 from mulligan.trainer.client import RunClient
@@ -57,7 +58,9 @@ def train(
 async def _train(run_id: str, settings: RunSettings, watch: bool, trainer: str) -> None:
     client = RunClient(endpoint(trainer))
     try:
+        recall_credential(client, trainer, run_id)  # of a run that is there, a repeated call gets it again
         await client.start(run_id, settings)
+        keep_credential(client, trainer, run_id)
     finally:
         await client.close()
     show(f"run {run_id}")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import signal
 import socket
 import string
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mulligan.cli.connection import (
     DEFAULT_ADDRESSES,
+    TLS,
     EnvAddress,
     MemoryAddress,
     PolicyAddress,
@@ -22,12 +29,17 @@ from mulligan.cli.connection import (
 )
 from mulligan.cli.local_tokens import NotPrivate, check_private
 from mulligan.cli.out import fail, note
+from mulligan.cli.run_credentials import kept_credential
 from mulligan.common.addresses import Addresses
-from mulligan.common.channel import Endpoint
+from mulligan.common.channel import Endpoint, UnprotectedToken, check_protection, for_servers
 from mulligan.common.errors import ServiceUnavailable
 from mulligan.common.extras import MissingExtra
 from mulligan.console.access import Access
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+FOLDER = Path("runs")
 HOST = "127.0.0.1"
 PORT = 8050
 KEY_LENGTH = 20  # characters, at least
@@ -36,8 +48,12 @@ _KEY_CHARACTERS = set(string.ascii_letters + string.digits + "-_")
 
 def ui(
     folder: Annotated[
-        Path, typer.Argument(help="Shows the runs in this folder and those below it.", exists=True, file_okay=False)
-    ] = Path("runs"),
+        Path | None,
+        typer.Argument(
+            help="Shows the runs in this folder and those below it.", exists=True, file_okay=False, show_default="runs"
+        ),
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Show recorded runs; nothing else has to run.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = PORT,
     host: Annotated[str, typer.Option(help="Where it listens. Beyond this machine it wants TLS and its key.")] = HOST,
     name: Annotated[
@@ -59,19 +75,16 @@ def ui(
     """Look at runs and experiences in a browser, also while they go on; and at the memory, policies and services that
     run. Ctrl-C ends it; the runs go on.
 
-    Example: `mulligan ui runs/local`
+    Example: `mulligan ui runs/local`; without any run `mulligan ui --demo`
     """
     _check_extra()
+    shown = _shown(folder, demo)
     local = _is_local(host)
-    if (tls_certificate is None) != (tls_key is None):
-        fail("--tls-certificate and --tls-key: expected both, or none", 2)
-    if not local and tls_key is None and not insecure():
-        missing = "--tls-key and --tls-certificate, or mulligan --insecure"
-        fail(f"--host {host}: without TLS others could read the key on its way. Expected {missing}", 2)
+    _check_tls(host, local, tls_certificate, tls_key)
     key = secrets.token_urlsafe(24) if key_file is None else _read_key(key_file)
     addresses = {"env": env, "policy": policy, "memory": memory, "trainer": trainer}
     try:
-        endpoints = {name: endpoint(_first(address)) for name, address in addresses.items()}
+        endpoints = {} if demo else {name: _endpoint(address) for name, address in addresses.items()}
     except ServiceUnavailable as error:
         fail(error, 2)
     with _listening(host, port) as listening:
@@ -79,10 +92,37 @@ def ui(
         names = ["127.0.0.1", "localhost"] if local else [host, socket.gethostname()]
         own = [f"{_bracketed(one)}:{port}" for one in dict.fromkeys([*(name or []), host, *names])]
         address = f"{'http' if tls_key is None else 'https'}://{own[0] if local or name else own[-1]}"
-        note(f"the runs below {folder}: {address}")
-        note(f"to stop and resume runs, too: {address}/?key={key}" if local else f"with its key: {address}/?key={key}")
+        note(f"{'recorded runs' if shown is None else f'the runs below {shown}'}: {address}")
+        if not local:
+            note(f"with its key: {address}/?key={key}")
+        elif not demo:
+            note(f"to stop and resume runs, too: {address}/?key={key}")
         files = {"ssl_certfile": tls_certificate, "ssl_keyfile": tls_key}
-        _serve(listening, folder.resolve(), endpoints, Access(own, key, port, for_all=not local), files)
+        access = Access(own, key, port, for_all=not local)
+        if shown is None:
+            _serve_recording(listening, access, files)
+        else:
+            _serve(listening, shown.resolve(), endpoints, access, files)
+
+
+def _shown(folder: Path | None, demo: bool) -> Path | None:
+    """The folder whose runs are shown, None for the recording."""
+    if not demo:
+        shown = folder or FOLDER
+        if not shown.is_dir():
+            fail(f"there is no folder {shown} here: expected FOLDER, or --demo for recorded runs", 2)
+        return shown
+    if folder is not None:
+        fail(f"--demo: expected without a folder, not with {folder}", 2)
+    return None
+
+
+def _check_tls(host: str, local: bool, tls_certificate: Path | None, tls_key: Path | None) -> None:
+    if (tls_certificate is None) != (tls_key is None):
+        fail("--tls-certificate and --tls-key: expected both, or none", 2)
+    if not local and tls_key is None and not insecure():
+        missing = "--tls-key and --tls-certificate, or mulligan --insecure"
+        fail(f"--host {host}: without TLS others could read the key on its way. Expected {missing}", 2)
 
 
 def _check_extra() -> None:
@@ -102,8 +142,6 @@ def _serve(
     files: Mapping[str, Any],
 ) -> None:
     """Until Ctrl-C. `files` are uvicorn's settings of TLS."""
-    import uvicorn
-
     from mulligan.console.app import make_app
     from mulligan.console.index import ExperienceIndex
     from mulligan.console.library import Library
@@ -111,10 +149,49 @@ def _serve(
     from mulligan.console.services import Services
     from mulligan.console.watcher import Watcher
 
-    index = ExperienceIndex(index_file(folder))
-    app = make_app(Watcher(Library(folder), index), index, Services(endpoints), access)
+    services = Services(endpoints, partial(kept_credential, endpoints["trainer"].address))
+    with contextlib.closing(ExperienceIndex(index_file(folder))) as index:
+        _run(make_app(Watcher(Library(folder), index), index, services, access), listening, files)
+
+
+def _serve_recording(listening: socket.socket, access: Access, files: Mapping[str, Any]) -> None:
+    """As `_serve`, of the package's recording, in a folder that is gone afterwards."""
+    from mulligan.console.app import make_app
+    from mulligan.console.index import ExperienceIndex
+    from mulligan.console.library import Library
+    from mulligan.console.recording import RecordedServices, unpack
+    from mulligan.console.watcher import Watcher
+
+    with _removed_folder() as folder:
+        try:
+            answers = unpack(folder / "runs")
+        except OSError as error:
+            fail(f"--demo: the recording cannot be unpacked: {error}")
+        with contextlib.closing(ExperienceIndex(folder / "index.sqlite")) as index:
+            watcher = Watcher(Library(folder / "runs"), index)
+            app = make_app(watcher, index, RecordedServices(answers), access, answers.banner)
+            _run(app, listening, files)
+
+
+def _run(app: ASGIApp, listening: socket.socket, files: Mapping[str, Any]) -> None:
+    import uvicorn
+
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **files)).run([listening])
-    index.close()
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def _removed_folder() -> Iterator[Path]:
+    """A folder that is removed at the end, also when SIGTERM ends the program, which uvicorn passes on."""
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mulligan-demo-") as folder:
+            yield Path(folder)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_local(host: str) -> bool:
@@ -152,9 +229,16 @@ def _read_key(file: Path) -> str:
     return key
 
 
-def _first(address: str) -> str:
-    """Of several servers of a service the first: their policies are at one version."""
+def _endpoint(address: str) -> Endpoint:
+    """Of all servers that the address names, with the credentials for the first one."""
     try:
-        return next(iter(Addresses.parse(address).fixed), address)
+        found = Addresses.parse(address)
+        first = next(iter(found.fixed), None) or str(found.names[0])
+        servers = replace(endpoint(first), address=address)
+        check_protection(servers)
+        for_servers(servers, found)
+    except UnprotectedToken as error:
+        fail(f"{error}: {TLS}_CA, or mulligan --insecure", 2)
     except ValueError as error:
         fail(error, 2)
+    return servers

@@ -14,6 +14,7 @@ from mulligan.cli.connection import DEFAULT_ADDRESSES, PORT_BASE, addresses_from
 from mulligan.cli.local import LocalServices, ServiceFailed
 from mulligan.cli.out import fail, note
 from mulligan.common.config import SERVICES, read_service_tables
+from mulligan.common.files import keep_files_private
 from mulligan.env.config import EnvSettings
 
 
@@ -63,15 +64,12 @@ def up(
 
     Example: `mulligan up --env-config env.toml --model Qwen/Qwen3-4B-Instruct-2507`
     """
+    keep_files_private()
     try:
         configs = _configs(config, env_config, policy_config)
+        addresses = _addresses(port_base, configs.get("env"))
         services = LocalServices(
-            folder,
-            model=model,
-            configs=configs,
-            models_folder=models_folder,
-            addresses=_addresses(port_base, configs.get("env")),
-            log_level=log_level,
+            folder, model=model, configs=configs, models_folder=models_folder, addresses=addresses, log_level=log_level
         )
         asyncio.run(_up(services))
     except (ServiceFailed, OSError, ValueError) as error:

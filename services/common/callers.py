@@ -11,7 +11,7 @@ import ipaddress
 from collections import OrderedDict
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from hashlib import sha256
@@ -34,7 +34,8 @@ current_caller: ContextVar[str] = ContextVar("current_caller", default="")
 class CallerLimits:
     """`receiving` is the number of single requests that are received of one caller at once, `streams` that of its calls
     that stream requests. `held_bytes` is the size of all requests and answers of its calls. `calls_per_second` 0: any
-    number. `idle_seconds` is how long a stream of requests may say nothing."""
+    number. `idle_seconds` is how long a stream of requests may say nothing. `calls_of_all` is the number of calls of
+    all callers together, and `request_bytes` the size of a single request; 0: any."""
 
     calls: int = 16_384
     calls_per_second: float = 0.0
@@ -43,12 +44,17 @@ class CallerLimits:
     streams: int = 8
     receive_seconds: float = 60.0
     idle_seconds: float = 86_400.0
+    calls_of_all: int = 0
+    request_bytes: int = 0
 
 
-# Of a call that needs no credential, such as a health check. It is received at once, unless somebody plays tricks.
+# Of calls that need no credential. Their requests are received at once, unless somebody plays tricks.
 PROBE_LIMITS = CallerLimits(
     calls=1_024, held_bytes=2**26, receiving=1, streams=4, receive_seconds=5.0, idle_seconds=5.0
 )
+CHECK_LIMITS = replace(PROBE_LIMITS, request_bytes=4_096)
+# A watch lasts as long as its caller likes.
+WATCH_LIMITS = replace(CHECK_LIMITS, calls=64, calls_of_all=1_024)
 
 
 class Caller:
@@ -97,9 +103,11 @@ class Visit:
         self._callers = callers
         self._streams = streams
         self._held_bytes = 0
+        callers.check()  # before a caller is remembered
         self.caller = callers.find(key)
         self.caller.check(streams)
         self.caller.calls += 1
+        callers.calls += 1
         self.caller.streams += streams
 
     async def receive(self, read: Callable[[], Awaitable[T]]) -> T:
@@ -125,6 +133,14 @@ class Visit:
             text = f"no request arrived for {limit.seconds:g} s"
             raise DomainError(Reason.CALLER_LIMIT, text, limit="idle_seconds") from None
 
+    def take(self, size: int) -> None:
+        """As `hold`, of a single request. Raises MALFORMED_MESSAGE for one that is too large to be one of this call."""
+        self.hold(size)
+        most = self._callers.limits.request_bytes
+        if most and size > most:
+            text = f"a request of {size} bytes: expected at most {most} of a call that needs no credential"
+            raise DomainError(Reason.MALFORMED_MESSAGE, text)
+
     def hold(self, size: int) -> None:
         """Counts bytes of a request or an answer until the end of the call."""
         self._held_bytes += size
@@ -132,6 +148,7 @@ class Visit:
 
     def end(self) -> None:
         self.caller.calls -= 1
+        self._callers.calls -= 1
         self.caller.streams -= self._streams
         self.caller.held_bytes -= self._held_bytes
         self._callers.left(self.caller)
@@ -142,7 +159,8 @@ class Callers:
     has those that called last."""
 
     def __init__(self, limits: CallerLimits):
-        self._limits = limits
+        self.limits = limits
+        self.calls = 0  # of all of them
         self.receiving = TimeLimit(limits.receive_seconds)
         self.idle = TimeLimit(limits.idle_seconds)
         self._known: OrderedDict[str, Caller] = OrderedDict()  # those that have called last at the end
@@ -153,13 +171,20 @@ class Callers:
     def find(self, key: str) -> Caller:
         caller = self._known.get(key)
         if caller is None:
-            caller = self._known[key] = Caller(key, self._limits)
+            caller = self._known[key] = Caller(key, self.limits)
         return caller
+
+    def check(self) -> None:
+        """Raises CALLER_LIMIT if a further call of anybody would be too many."""
+        most = self.limits.calls_of_all
+        if most and self.calls >= most:
+            text = f"the server has {self.calls} such calls of callers without a credential, of {most} at most"
+            raise DomainError(Reason.CALLER_LIMIT, text, retry_after=_RETRY_AFTER, limit="calls_of_all")
 
     def left(self, caller: Caller) -> None:
         if caller.calls:
             return
-        if not self._limits.calls_per_second:
+        if not self.limits.calls_per_second:
             self._known.pop(caller.key, None)
             return
         self._known.move_to_end(caller.key)

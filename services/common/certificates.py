@@ -147,12 +147,14 @@ class Authority:
 @dataclass(frozen=True)
 class Certificates:
     """The files of a folder. `names`: further ones of services, beside the default ones. With `group` the files but
-    those of the authority can be read by their group, too."""
+    those of the authority can be read by their group, too. `others` are host names of other servers, such as a
+    collector of traces; they are remembered by their folders, `others/NAME`."""
 
     folder: Path
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     days: int = 365
     group: bool = False
+    others: Sequence[str] = ()
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def update(self, step: RotationStep | None = None) -> list[str]:
@@ -274,7 +276,9 @@ class Certificates:
     def _wanted(self) -> dict[str, tuple[str, ...]]:
         """By folder, the names that a certificate has at least."""
         services = {f"services/{each}": (*default_names(each), *self.names.get(each, ())) for each in SERVICES}
-        wanted = services | {f"clients/{role}": (f"{ROLE_URI}{role}",) for role in AccessRole}
+        others = sorted({*self.others, *(path.name for path in (self.folder / "others").glob("*"))})
+        wanted = services | {f"others/{name}": (name,) for name in others}
+        wanted |= {f"clients/{role}": (f"{ROLE_URI}{role}",) for role in AccessRole}
         return {folder: tuple(str(general_name(each).value) for each in names) for folder, names in wanted.items()}
 
     def _certify(self, current: Authority) -> list[str]:

@@ -35,6 +35,14 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m mulli
         metavar="SERVICE=NAME",
         help="a further host name or IP address of a service; may be given again",
     )
+    parser.add_argument(
+        "--other",
+        action="append",
+        default=[],
+        type=_other,
+        metavar="NAME",
+        help="host name of another server that services call, as a collector of traces; its files are in others/NAME",
+    )
     parser.add_argument("--days", type=_days, default=365, help="how long new certificates last; 365 unless given")
     parser.add_argument("--group", action="store_true", help="lets the group read the files, but for the authority's")
     parser.add_argument(
@@ -47,7 +55,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m mulli
     names: dict[str, list[str]] = {}
     for service, name in given.name:
         names.setdefault(service, []).append(name)
-    certificates = Certificates(given.folder, names, given.days, given.group)
+    certificates = Certificates(given.folder, names, given.days, given.group, given.other)
     try:
         made = certificates.update(given.rotate)
         _tell(certificates, made)
@@ -81,6 +89,16 @@ def _name(given: str) -> tuple[str, str]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return service, name
+
+
+def _other(given: str) -> str:
+    if "/" in given or given.startswith(("urn:", ".")):
+        raise argparse.ArgumentTypeError(f"{given!r} is no host name and no IP address")
+    try:
+        general_name(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return given
 
 
 def _days(given: str) -> int:

@@ -6,9 +6,20 @@ import asyncio
 import copy
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Hashable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,6 +33,7 @@ from mulligan.common.errors import CallFailed, Code, DomainError, ServiceUnavail
 from mulligan.common.status import from_rpc_error
 from mulligan.common.tls import ClientTls, PemFiles
 from mulligan.common.tokens import RUN_CREDENTIAL, TokenFile, bearer
+from mulligan.common.tracing import NO_SPAN, Origin, Span, client_span, is_on
 
 log = structlog.get_logger()
 R = TypeVar("R")
@@ -126,22 +138,44 @@ class Connection:
         check_protection(found.endpoint)
         return found
 
-    async def call(self, method: Callable[..., Awaitable[R]], request: Any, *, timeout: float) -> R:
-        """Makes one unary call. Repeats it while the service is unreachable or full.
+    async def call(
+        self, method: Callable[..., Awaitable[R]], request: Any, *, timeout: float, origins: Sequence[Origin] = ()
+    ) -> R:
+        """Makes one unary call. Repeats it while the service is unreachable or full. `origins` are the spans whose
+        requests it carries, where those are several.
 
         Raises DomainError; CallFailed, with `timed_out` after `timeout` seconds and with INTERNAL for an answer that
         cannot be parsed; ServiceUnavailable after `outage_seconds` without an answer.
         """
         backoff = Backoff(self.endpoint.address, self.endpoint.outage_seconds)
-        while True:
-            try:
-                response = await method(request, timeout=timeout, metadata=self.metadata)
-                self._is_down = False
-                return self._readable(response, _method(request))
-            except grpc.aio.AioRpcError as error:
-                cause, refusal = self._retryable(error, _method(request))
-            self._report(cause)
-            await backoff.wait(cause, refusal)
+        with self._span(request, origins) as span:
+            while True:
+                try:
+                    response = await method(request, timeout=timeout, metadata=span.carried(self.metadata))
+                    self._is_down = False
+                    return self._readable(response, _method(request))
+                except grpc.aio.AioRpcError as error:
+                    cause, refusal = self._retryable(error, _method(request))
+                self._report(cause)
+                await backoff.wait(cause, refusal)
+                span.set(retries=backoff.waits)
+
+    @contextmanager
+    def _span(self, request: Any, origins: Sequence[Origin]) -> Iterator[Span]:
+        """Around one call, with all its tries."""
+        if not is_on():
+            yield NO_SPAN
+            return
+        kind: Any = type(request)
+        span = client_span(_full_name(kind), self.endpoint.address, origins)
+        status = "OK"
+        try:
+            yield span
+        except BaseException as error:
+            status = _status_of(error)
+            raise
+        finally:
+            span.end(status)
 
     async def list_items(
         self,
@@ -175,22 +209,23 @@ class Connection:
 
     @asynccontextmanager
     async def stream(
-        self, method: Callable[..., AsyncIterable[R]], request: Any, *, timeout: float
+        self, method: Callable[..., AsyncIterable[R]], request: Any, *, timeout: float, origins: Sequence[Origin] = ()
     ) -> AsyncIterator[AsyncIterator[R]]:
         """Makes one call with a streamed answer: `async with connection.stream(…) as parts:`. The end of the block
         cancels it.
 
         Before the first part it retries and raises as `call` does; after it, it raises DomainError or CallFailed.
         """
-        async with aclosing(self._parts(method, request, timeout)) as parts:
-            yield parts
+        with self._span(request, origins) as span:
+            async with aclosing(self._parts(method, request, timeout, span)) as parts:
+                yield parts
 
     async def _parts(
-        self, method: Callable[..., AsyncIterable[R]], request: Any, timeout: float
+        self, method: Callable[..., AsyncIterable[R]], request: Any, timeout: float, span: Span
     ) -> AsyncGenerator[R, None]:
         backoff = Backoff(self.endpoint.address, self.endpoint.outage_seconds)
         while True:
-            call: Any = method(request, timeout=timeout, metadata=self.metadata)
+            call: Any = method(request, timeout=timeout, metadata=span.carried(self.metadata))
             begun = False
             try:
                 async for response in call:
@@ -206,6 +241,7 @@ class Connection:
                 call.cancel()
             self._report(cause)
             await backoff.wait(cause, refusal)
+            span.set(retries=backoff.waits)
 
     def _retryable(self, error: grpc.aio.AioRpcError, method: str) -> tuple[str, DomainError | None]:
         """Returns the cause, and the refusal of the service if it sent one, of a call that may be repeated. Raises
@@ -269,6 +305,7 @@ class Backoff:
         self._seconds = seconds
         self._since: float | None = None
         self._delay = _FIRST_DELAY_SECONDS
+        self.waits = 0
 
     async def wait(self, cause: str, refusal: DomainError | None = None) -> None:
         """Sleeps, as long as the `refusal` asks for if so much time is left. Raises ServiceUnavailable when no time is
@@ -281,6 +318,7 @@ class Backoff:
         left = self._seconds - (now - self._since)
         await asyncio.sleep(min(max(self._delay, later) * random.uniform(1.0, 1.5), left))
         self._delay = min(self._delay * 2, _MAX_DELAY_SECONDS)
+        self.waits += 1
 
 
 def open_channel(address: str, tls: ClientTls | None, options: Sequence[tuple[str, str | int]]) -> grpc.aio.Channel:
@@ -368,6 +406,28 @@ class _TlsChannel:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+@lru_cache(256)
+def _full_name(kind: Hashable) -> str:
+    """Of the call that takes these requests: "mulligan.env.v1.EnvService/StepEpisode"."""
+    described: Any = getattr(kind, "DESCRIPTOR", None)
+    if described is None:
+        return str(getattr(kind, "__name__", kind))
+    request = described.containing_type or described  # an upload is named by its header
+    for service in request.file.services_by_name.values():
+        for method in service.methods:
+            if method.input_type.full_name == request.full_name:
+                return f"{service.full_name}/{method.name}"
+    return str(request.full_name)
+
+
+def _status_of(error: BaseException) -> str:
+    if isinstance(error, DomainError | CallFailed):
+        return str(error.code)
+    if isinstance(error, ServiceUnavailable):
+        return "UNAVAILABLE"
+    return "INTERNAL" if isinstance(error, Exception) else "CANCELLED"
 
 
 def _method(message: Any) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -71,6 +72,17 @@ class ServiceSettings(BaseSettings):
     metrics_port: int = Field(
         -1, ge=-1, le=65535, description="Port of Prometheus metrics over HTTP, at `host`; 0 picks one, -1: none."
     )
+    otlp_endpoint: str = Field(
+        "",
+        description="Collector of traces, which takes OTLP over gRPC: http://HOST:PORT, or https:// over TLS; "
+        "OpenTelemetry's variables count, too, such as OTEL_EXPORTER_OTLP_ENDPOINT. Without any there are no traces.",
+    )
+    trace_ratio: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the traces beginning here that are recorded; all, unless OTEL_TRACES_SAMPLER is set.",
+    )
     tokens_folder: Path | None = Field(
         None,
         description="When set, calls need `authorization: Bearer TOKEN`. It has a file per role (reader, actor, "
@@ -102,6 +114,37 @@ class ServiceSettings(BaseSettings):
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca: needs tls_certificate and tls_key")
         return self
+
+    @model_validator(mode="after")
+    def _traces_can_be_sent(self) -> Self:
+        if self.otlp_endpoint:
+            try:
+                found = urlsplit(self.otlp_endpoint)
+                is_usable = bool(found.scheme in ("http", "https") and found.hostname and found.port)
+            except ValueError:
+                is_usable = False
+            if not is_usable or "@" in self.otlp_endpoint or found.path.strip("/") or found.query or found.fragment:
+                raise ValueError("otlp_endpoint: expected http://HOST:PORT or https://HOST:PORT, nothing else")
+        if self.traces_to:
+            for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+                if (said := os.environ.get(name, "grpc")) != "grpc":
+                    raise ValueError(f"{name}: expected grpc, the protocol of services, not {said}")
+        return self
+
+    @property
+    def traces_to(self) -> str:
+        """The collector of traces; empty if there are no traces."""
+        if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+            return ""
+        if os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none":
+            return ""
+        variables = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+        return self.otlp_endpoint or next((found for name in variables if (found := os.environ.get(name))), "")
+
+    @property
+    def warnings(self) -> list[str]:
+        """What whoever starts the service should know of these settings."""
+        return []
 
     @property
     def caller_limits(self) -> CallerLimits:

@@ -12,6 +12,7 @@ from grpc._cython import cygrpc
 from grpc.aio import _server as aio
 
 from mulligan.common.config import ServiceSettings
+from mulligan.common.metrics import MethodMetrics
 
 _PENDING_CALLS = 16_384
 _WINDOW = 65_535  # bytes of a message that are received before its call is admitted
@@ -47,9 +48,10 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # it has no types
     of all others are known. (grpcio 1.85: `AioServer._server_main_loop`)
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *arguments: Any):
+    def __init__(self, loop: asyncio.AbstractEventLoop, metrics: MethodMetrics | None, *arguments: Any):
         super().__init__(loop, *arguments)
         self._event_loop = loop
+        self._metrics = metrics
         self._refusals: set[asyncio.Task[None]] = set()
 
     async def _request_call(self) -> Any:
@@ -62,16 +64,25 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]  # it has no types
             task.add_done_callback(self._refusals.discard)
 
     async def _refuse(self, state: Any) -> None:
+        if self._metrics is not None:
+            self._metrics.started()
+            self._metrics.ended(StatusCode.UNIMPLEMENTED.name, 0.0)
         context = cygrpc._ServicerContext(state, None, None, self._event_loop)
         await context.abort(StatusCode.UNIMPLEMENTED, "Method not found!")
 
 
 class Server(aio.Server):
-    """Like `grpc.aio.server`. It serves registered methods, as generated code registers them."""
+    """Like `grpc.aio.server`. It serves registered methods, as generated code registers them. `unknown` counts calls of
+    all others."""
 
-    def __init__(self, interceptors: Sequence[grpc.aio.ServerInterceptor], options: Sequence[tuple[str, Any]]):
+    def __init__(
+        self,
+        interceptors: Sequence[grpc.aio.ServerInterceptor],
+        options: Sequence[tuple[str, Any]],
+        unknown: MethodMetrics | None = None,
+    ):
         self._loop = cygrpc.get_working_loop()
-        self._server = _Core(self._loop, None, (), tuple(interceptors), tuple(options), None)
+        self._server = _Core(self._loop, unknown, None, (), tuple(interceptors), tuple(options), None)
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Does nothing: generated code registers the same handlers by name, too."""

@@ -8,6 +8,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from mulligan.common.addresses import is_loopback
 from mulligan.common.config import ServiceSettings
 from mulligan.common.run_credentials import BadKeys, RunGuard, RunKeys
 
@@ -27,6 +28,15 @@ class GuardedSettings(ServiceSettings):
     @property
     def guard(self) -> RunGuard:
         return RunGuard(self.keys, self.tokens)
+
+    @property
+    def warnings(self) -> list[str]:
+        if self.run_keys is not None or is_loopback(self.host):
+            return super().warnings
+        open_ = (
+            "run_keys is not set: roles decide alone, and callers can write to each other's scopes, learners and runs"
+        )
+        return [*super().warnings, open_]
 
     @model_validator(mode="after")
     def _keys_are_there(self) -> Self:

@@ -2,8 +2,8 @@
 libraries log through Python's `logging`, from WARNING on, is a part of it.
 
 A value is cut at VALUE_LIMIT characters, a traceback at TRACEBACK_LIMIT, counted in their JSON form. A line may fail to
-be written: the disk is full, nobody reads the pipe, a value cannot be formatted. The metric `mulligan_log_lines_lost`
-counts such lines, and the next line that can be written is followed by one with their number.
+be written: the disk is full, nobody reads the pipe, a value cannot be formatted. `mulligan_log_lines_lost_total` counts
+such lines, and the next line that can be written is followed by one with their number.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mulligan.common.metrics import REGISTRY
 from mulligan.common.rate import TokenBucket
 from mulligan.common.status import CALL_ENDED
 from mulligan.common.text import bounded, one_line, safe
+from mulligan.common.tracing import log_ids
 
 VALUE_LIMIT = 1_000
 TRACEBACK_LIMIT = 8_000
@@ -46,6 +47,7 @@ def configure_logging(settings: ServiceSettings) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _add_trace,
             _cut_values,
             *([] if settings.log_format == "json" else [_escape_values]),
             renderer,
@@ -174,6 +176,11 @@ class _Stderr:
             _Stderr._torn = bool(rest)
 
     debug = info = warning = error = critical = exception = fatal = log = msg
+
+
+def _add_trace(_: object, __: str, values: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    values.update(log_ids())
+    return values
 
 
 def _cut_values(_: object, __: str, values: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

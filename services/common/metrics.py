@@ -1,4 +1,7 @@
-"""Prometheus metrics of a service: one registry, a counter and a histogram of requests, and the HTTP endpoint."""
+"""Prometheus metrics of a service: one registry, those of gRPC calls, and the HTTP endpoint.
+
+docs/observability.md lists all metrics of the four services.
+"""
 
 from __future__ import annotations
 
@@ -13,41 +16,85 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     start_http_server,
 )
+from prometheus_client.registry import Collector
 
 from mulligan.common.config import ServiceSettings
 
 log = structlog.get_logger()
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, with the time of its first count
 REGISTRY = CollectorRegistry(auto_describe=True)
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
 REGISTRY.register(GC_COLLECTOR)
 
-_REQUESTS = Counter("mulligan_requests", "Calls that ended, by gRPC status.", ["method", "status"], registry=REGISTRY)
-_SECONDS = Histogram(
-    "mulligan_request_seconds",
-    "Seconds from the arrival of a call to its end.",
-    ["method"],
-    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000),
+OTHER = "other"  # the label of what is not among the known names
+
+# The names, labels and bounds of gRPC's own metrics: https://github.com/grpc/proposal/blob/master/A66-otel-stats.md
+_STARTED = Counter(
+    "grpc_server_call_started",
+    "Calls that arrived.",
+    ["grpc_method"],
+    registry=REGISTRY,
+)
+_DURATION = Histogram(
+    "grpc_server_call_duration_seconds",
+    "From the arrival of a call to its end, by its status.",
+    ["grpc_method", "grpc_status"],
+    buckets=(
+        *(0, 0.00001, 0.00005, 0.0001, 0.0003, 0.0006, 0.0008, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008),
+        *(0.01, 0.013, 0.016, 0.02, 0.025, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5),
+        *(0.65, 0.8, 1, 2, 5, 10, 20, 50, 100),
+    ),
     registry=REGISTRY,
 )
 
 
 class MethodMetrics:
-    """Metrics of one method, such as "mulligan.env.v1.EnvService/StepEpisode". Looks up labels once, not per call."""
+    """Metrics of one method, such as "mulligan.env.v1.EnvService/StepEpisode", or of all unknown ones (`OTHER`). Looks
+    up labels once, not per call."""
 
     def __init__(self, method: str):
         self._method = method
-        self._seconds = _SECONDS.labels(method)
-        self._by_status: dict[str, Counter] = {}
+        self._started = _STARTED.labels(method)
+        self._by_status: dict[str, Histogram] = {}
+
+    def started(self) -> None:
+        self._started.inc()
 
     def ended(self, status: str, seconds: float) -> None:
-        counter = self._by_status.get(status)
-        if counter is None:
-            counter = self._by_status[status] = _REQUESTS.labels(self._method, status)
-        counter.inc()
-        self._seconds.observe(seconds)
+        duration = self._by_status.get(status)
+        if duration is None:
+            duration = self._by_status[status] = _DURATION.labels(self._method, status)
+        duration.observe(seconds)
+
+
+class BoundedNames:
+    """Labels of names that callers choose. The first `most` names of a process are labels; all others are `OTHER`, so
+    that no caller makes series without end."""
+
+    def __init__(self, most: int = 100):
+        self._most = most
+        self._known: set[str] = set()
+
+    def label(self, name: str) -> str:
+        if name not in self._known:
+            if len(self._known) >= self._most:
+                return OTHER
+            self._known.add(name)
+        return name
+
+
+@contextmanager
+def collected(collector: Collector) -> Iterator[None]:
+    """Its gauges are in the service's metrics while the block runs."""
+    REGISTRY.register(collector)
+    try:
+        yield
+    finally:
+        REGISTRY.unregister(collector)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import structlog
 from mulligan.common.addresses import Addresses
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.tasks import Broadcast, cancel
+from mulligan.common.tracing import untraced
 
 log = structlog.get_logger()
 _NOT_ASKED = "not asked yet"
@@ -121,7 +122,7 @@ class Replicas(Generic[C]):
     def check(self, replica: ServerReplica[C]) -> None:
         """Checks a server in the background until it passes."""
         if self._present.get(replica.address) is replica and (replica.checking is None or replica.checking.done()):
-            replica.checking = asyncio.create_task(self._keep_checking(replica))
+            replica.checking = asyncio.create_task(self._keep_checking(replica), context=untraced())
 
     async def suspend(self, replica: ServerReplica[C]) -> None:
         """Cancels the running checks of a server."""
@@ -145,7 +146,7 @@ class Replicas(Generic[C]):
     async def _start(self) -> None:
         await self._look_up()
         if self._addresses.names:
-            self._following = asyncio.create_task(self._follow())
+            self._following = asyncio.create_task(self._follow(), context=untraced())
         first = [asyncio.create_task(replica.asked.wait()) for replica in self.present]
         if first:
             _, pending = await asyncio.wait(first, timeout=_FIRST_SECONDS)

@@ -12,6 +12,7 @@ from mulligan.common.errors import DomainError, Reason, incident
 from mulligan.common.logs import Throttle
 from mulligan.common.metrics import MethodMetrics
 from mulligan.common.status import CALL_ENDED
+from mulligan.common.tracing import NO_SPAN, Span
 
 log = structlog.get_logger()
 PROBES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
@@ -31,7 +32,10 @@ class RequestLog:
         self._method = method.rsplit("/", 1)[-1]
         self._is_probe = method.startswith(PROBES)
         self.request = request  # or None until it is read; its ids are logged
+        self.span: Span = NO_SPAN  # of the call, once it is admitted
         self._metrics = metrics
+        if metrics is not None:
+            metrics.started()
         self._status = "OK"
         self._reason: Reason | None = None
         self._error: BaseException | None = None
@@ -61,6 +65,18 @@ class RequestLog:
         seconds = time.perf_counter() - self._start
         if self._metrics is not None:
             self._metrics.ended(self._status, seconds)
+        try:
+            self._write(seconds)
+        finally:
+            if self.span is not NO_SPAN:
+                self.span.set(**self._ids)
+                self.span.end(self._status)
+
+    @property
+    def _ids(self) -> dict[str, Any]:
+        return {key: value for key in _REQUEST_KEYS if (value := getattr(self.request, key, None)) not in (None, "")}
+
+    def _write(self, seconds: float) -> None:
         level = logging.ERROR if self._status == "INTERNAL" else logging.INFO
         if not log.is_enabled_for(level) or (self._is_probe and level < logging.ERROR):
             return
@@ -69,7 +85,6 @@ class RequestLog:
             if not _throttle.admits():
                 return
             left_out = _throttle.left_out()
-        ids = {key: value for key in _REQUEST_KEYS if (value := getattr(self.request, key, None)) not in (None, "")}
         extra: dict[str, Any] = {"reason": self._reason} if self._reason else {}
         if self._error is not None:
             extra |= {"incident": incident(self._error), "exc_info": self._error}
@@ -80,7 +95,7 @@ class RequestLog:
             method=self._method,
             status=self._status,
             milliseconds=milliseconds,
-            **ids,
+            **self._ids,
             **extra,
             **left_out,
         )

@@ -1,6 +1,6 @@
-"""Credentials of runs: who may write to a memory scope, and who may use a learner.
+"""Credentials of runs: who may write to a memory scope, who may use a learner, and who may stop a run.
 
-A role token says what kind of call its holder may make. A run's credential says in which scope, and on which learner.
+A role token says what kind of call its holder may make. A run's credential says in which scope, and on which run.
 It is a signed JSON Web Token (https://www.rfc-editor.org/rfc/rfc7519, EdDSA of https://www.rfc-editor.org/rfc/rfc8037)
 with the run's id, the names of scopes and an end. The trainer has the private key. The memory service and other
 trainers have the public one: they verify a credential by themselves, and can issue none.
@@ -50,8 +50,8 @@ class BadRunCredential(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RunGrant:
-    """What a credential allows: to use the learner with the id of the run, and to write to these scopes of a memory.
-    Either may be empty."""
+    """What a credential allows: to act upon the run and the learner with its id, and to write to these scopes of a
+    memory. Either may be empty."""
 
     run_id: str = ""
     scopes: tuple[str, ...] = ()
@@ -170,20 +170,34 @@ class RunGuard:
         """Whether it refuses anything."""
         return self._keys is not None
 
-    def check_scopes(self, context: Any, *scopes: str) -> None:
-        """Raises DomainError RUN_CREDENTIAL unless the caller may write to these scopes of the memory."""
+    def check_scopes(self, context: Any, *scopes: str, why: str = "") -> None:
+        """Raises DomainError RUN_CREDENTIAL unless the caller may write to these scopes of the memory. The message ends
+        with `why`."""
         for scope in scopes:
             if problem := self._problem(context, RunGrant(scopes=(scope,))):
-                message = f"writes to the scope {scope!r} need a credential for it, as `{RUN_CREDENTIAL}`: {problem}"
+                message = (
+                    f"writes to the scope {scope!r} need a credential for it, as `{RUN_CREDENTIAL}`: {problem}{why}"
+                )
                 raise DomainError(Reason.RUN_CREDENTIAL, message, scope=scope)
 
-    def check_learner(self, context: Any, learner_id: str) -> None:
-        """Raises DomainError RUN_CREDENTIAL unless the caller may use the learner."""
+    def check_learner(self, context: Any, learner_id: str, *, why: str = "") -> None:
+        """Raises DomainError RUN_CREDENTIAL unless the caller may use the learner. The message ends with `why`."""
         if problem := self._problem(context, RunGrant(run_id=learner_id)):
-            message = f"the learner {learner_id!r} needs the credential of its run, as `{RUN_CREDENTIAL}`: {problem}"
+            needed = f"the learner {learner_id!r} needs the credential of its run, as `{RUN_CREDENTIAL}`"
+            message = f"{needed}: {problem}{why}"
             raise DomainError(Reason.RUN_CREDENTIAL, message, learner_id=learner_id)
 
+    def check_run(self, context: Any, run_id: str) -> None:
+        """Raises DomainError RUN_CREDENTIAL unless the caller may act upon the run."""
+        if problem := self._problem(context, RunGrant(run_id=run_id)):
+            message = f"the run {run_id!r} needs its credential, as `{RUN_CREDENTIAL}`: {problem}"
+            raise DomainError(Reason.RUN_CREDENTIAL, message, run_id=run_id)
+
+    def allows_scope(self, context: Any, scope: str) -> bool:
+        return not self._problem(context, RunGrant(scopes=(scope,)))
+
     def allows_learner(self, context: Any, learner_id: str) -> bool:
+        """Whether the caller has the credential of the run with this id."""
         return not self._problem(context, RunGrant(run_id=learner_id))
 
     def _problem(self, context: Any, needed: RunGrant) -> str:

@@ -17,7 +17,9 @@ from grpc_reflection.v1alpha import reflection
 
 from mulligan.common.access import AccessRole, needed_role, role_of_names
 from mulligan.common.callers import (
+    CHECK_LIMITS,
     PROBE_LIMITS,
+    WATCH_LIMITS,
     CallerLimits,
     Callers,
     Visit,
@@ -26,17 +28,19 @@ from mulligan.common.callers import (
     by_token,
     current_caller,
 )
-from mulligan.common.config import ServiceSettings
+from mulligan.common.config import ServiceSettings, refuse
 from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.extras import how_to_install
 from mulligan.common.grpc_server import Server, options
 from mulligan.common.health import HealthService
 from mulligan.common.logs import configure_logging, log_at_any_level
-from mulligan.common.metrics import MethodMetrics, exported
+from mulligan.common.metrics import OTHER, MethodMetrics, exported
 from mulligan.common.request_log import PROBES, RequestLog
 from mulligan.common.status import fault, to_status
 from mulligan.common.tasks import TimeLimit, TooLong
 from mulligan.common.tls import Pem, PemFiles
 from mulligan.common.tokens import KnownTokens
+from mulligan.common.tracing import server_span, stop_tracing
 from mulligan.common.validation import prepare, violations
 
 if sys.platform != "win32":
@@ -63,6 +67,7 @@ class _Guarded(NamedTuple):
     streams_answers: bool
     serialize: Callable[[Any], bytes]
     metrics: MethodMetrics | None
+    is_traced: bool
 
 
 class _Received(NamedTuple):
@@ -104,7 +109,13 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self._own_deadline = TimeLimit(default_deadline)
         self._writing = TimeLimit(write_seconds)
         self.callers = Callers(limits or CallerLimits())
+        # Callers without a credential. What one kind of call uses is not missing to another, such as a container's
+        # health check.
         self._probing = Callers(PROBE_LIMITS)
+        self._checks = {
+            "/grpc.health.v1.Health/Check": Callers(CHECK_LIMITS),
+            "/grpc.health.v1.Health/Watch": Callers(WATCH_LIMITS),
+        }
         self._handlers: dict[str, _Handler] = {}
 
     async def intercept_service(
@@ -131,6 +142,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             handler.response_streaming,
             serialize,
             MethodMetrics(method.lstrip("/")) if counted else None,
+            not method.startswith(PROBES),
         )
         answers = self._stream if handler.response_streaming else self._unary
         made: _Handler = _MAKE_HANDLER[handler.response_streaming](
@@ -142,7 +154,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         """Raises the DomainError that refuses the call."""
         needed = needed_role(guarded.method)
         if needed is None:
-            visit = Visit(self._probing, by_address(context.peer()), guarded.streams_requests)
+            callers = self._checks.get(guarded.method, self._probing)
+            visit = Visit(callers, by_address(context.peer()), guarded.streams_requests)
         else:
             key = self._identify(guarded.method, needed, context)
             current_caller.set(key)
@@ -223,7 +236,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         received = await visit.receive(context.read)
         if received is grpc.aio.EOF:
             raise DomainError(Reason.MALFORMED_MESSAGE, "the call has no request")
-        visit.hold(received.size)
+        visit.take(received.size)
         logged.request = received.message
         return _checked(received)
 
@@ -243,6 +256,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     ) -> _Answer:
         try:
             visit = self._admit(guarded, context)
+            if guarded.is_traced:
+                logged.span = server_span(guarded.method.lstrip("/"), context.invocation_metadata()).begin()
             if guarded.streams_answers or context.time_remaining() is not None:
                 return await answer(visit)  # gRPC cancels a call whose caller's deadline has passed
             return await self._own_deadline.within(answer(visit))
@@ -365,7 +380,8 @@ def _server(settings: ServiceSettings) -> grpc.aio.Server:
         limits=settings.caller_limits,
         write_seconds=settings.write_seconds,
     )
-    return cast(grpc.aio.Server, Server([interceptor], options(settings)))
+    unknown = MethodMetrics(OTHER) if settings.metrics_port >= 0 else None
+    return cast(grpc.aio.Server, Server([interceptor], options(settings), unknown))
 
 
 def _bind(server: grpc.aio.Server, address: str, settings: ServiceSettings) -> int:
@@ -406,6 +422,9 @@ def run(settings: ServiceSettings, main: Callable[[], Awaitable[None]]) -> None:
     """Runs the main coroutine of a service. On an OSError, such as a taken port, it prints one line and exits with
     status 2."""
     configure_logging(settings)
+    _configure_tracing(settings)
+    for text in settings.warnings:
+        log.warning(text)
     # The garbage collector would scan what is kept and all loaded modules again and again: a quarter of the cost of an
     # environment's step.
     gc.freeze()
@@ -416,6 +435,26 @@ def run(settings: ServiceSettings, main: Callable[[], Awaitable[None]]) -> None:
     except OSError as error:
         print(f"{settings.service}: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        stop_tracing()
+
+
+def _configure_tracing(settings: ServiceSettings) -> None:
+    """Without the packages, a setting is refused; a variable, which may be meant for other programs, is not."""
+    if not settings.traces_to:
+        return
+    try:
+        from mulligan.common.otlp import export_traces
+    except ImportError as error:
+        problem = f"traces need the extra 'otel' ({error}): {how_to_install('otel')}"
+        if settings.otlp_endpoint:
+            refuse(settings.service, f"otlp_endpoint: {problem}")
+        log.warning("no traces", cause=problem)
+        return
+    try:
+        export_traces(settings)
+    except ValueError as error:
+        refuse(settings.service, f"variables of OpenTelemetry, OTEL_…: {error}")
 
 
 async def _as_coroutine(main: Callable[[], Awaitable[None]]) -> None:

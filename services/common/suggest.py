@@ -8,9 +8,11 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
 WHOLE = "settings"  # the name of a problem that is not about one setting
 _UNKNOWN = "extra_forbidden"
+_SETTING = "setting"  # of `bad_setting`
 _ONE_OF = ("enum", "literal_error")  # their messages quote what there is
 _QUOTED = re.compile(r"'([^']*)'")
 
@@ -35,14 +37,23 @@ def problems(
     found: dict[str, str] = {}
     for item in items:
         path = [str(part) for part in item["loc"]]
+        named: tuple[str, ...] = ()
         said = item["msg"]
         if item["type"] == _UNKNOWN:
             said = f"no such setting{' of ' + owner if owner else ''}"
             said += _instead(path[-1], _fields(model, path[:-1]), owners(path[-1]) if len(path) == 1 else ())
+        elif item["type"] == _SETTING:
+            named = (item["ctx"]["setting"],)
+            said = item["ctx"]["problem"]
         elif item["type"] in _ONE_OF:
             said += did_you_mean(str(item["input"]), _QUOTED.findall(said))
-        found.setdefault(_place(item["loc"]) or WHOLE, said)
+        found.setdefault(_place([*item["loc"], *named]) or WHOLE, said)
     return found
+
+
+def bad_setting(setting: str, problem: str) -> PydanticCustomError:
+    """For a validator of a whole model to raise, where one setting of it is what is wrong."""
+    return PydanticCustomError(_SETTING, "{setting}: {problem}", {"setting": setting, "problem": problem})
 
 
 def _instead(setting: str, known: Sequence[str], owners: Sequence[str]) -> str:

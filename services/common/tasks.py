@@ -40,6 +40,17 @@ async def cancel(*tasks: asyncio.Future[Any] | None) -> None:
     await asyncio.gather(*present, return_exceptions=True)
 
 
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which ends also if the caller is cancelled meanwhile. CancelledError is raised after that,
+    and what `work` raised then is dropped."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+
+
 class Broadcast:
     """Wakes every task that waits at that moment. Those that wait later sleep until the next time.
 

@@ -11,13 +11,13 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from mulligan.console.library import ShownRun
-from mulligan.console.services import ServiceAnswer, Services
+from mulligan.console.services import ServiceAnswer, ServicesPort
 
 
 class Actions:
     """`run` finds the run of a request."""
 
-    def __init__(self, services: Services, run: Callable[[Request], ShownRun]) -> None:
+    def __init__(self, services: ServicesPort, run: Callable[[Request], ShownRun]) -> None:
         self._services = services
         self._run = run
 

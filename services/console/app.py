@@ -6,8 +6,8 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,13 +22,14 @@ from mulligan.console.actions import Actions
 from mulligan.console.charts import Chart, first_charts, matching_charts
 from mulligan.console.chat import ChatPages
 from mulligan.console.guard import Guard
-from mulligan.console.index import ExperienceIndex
+from mulligan.console.histogram import Bin
+from mulligan.console.index import ExperienceFilter, ExperienceIndex
 from mulligan.console.library import ShownRun
 from mulligan.console.reading import experience_of, members_of, wanted_of, whole
 from mulligan.console.service_pages import ServicePages
-from mulligan.console.services import Services
-from mulligan.console.settings import differences, flat
-from mulligan.console.templating import STATIC, templates
+from mulligan.console.services import ServicesPort
+from mulligan.console.settings import differences, flat, grouped
+from mulligan.console.templating import STATIC, query, templates
 from mulligan.console.tokens import texts_of
 from mulligan.console.views import view_of
 from mulligan.console.watcher import Watcher
@@ -37,8 +38,11 @@ from mulligan.trainer.journal import slot_of
 PAGE = 50  # experiences
 
 
-def make_app(watcher: Watcher, index: ExperienceIndex, services: Services, access: Access) -> Starlette:
-    pages = Pages(watcher, index)
+def make_app(
+    watcher: Watcher, index: ExperienceIndex, services: ServicesPort, access: Access, recording: str = ""
+) -> Starlette:
+    """`recording` is what each page says where a recording is shown."""
+    pages = Pages(watcher, index, recording)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -69,9 +73,10 @@ def make_app(watcher: Watcher, index: ExperienceIndex, services: Services, acces
 
 
 class Pages:
-    def __init__(self, watcher: Watcher, index: ExperienceIndex) -> None:
+    def __init__(self, watcher: Watcher, index: ExperienceIndex, recording: str = "") -> None:
         self._watcher = watcher
         self._index = index
+        self._recording = recording
         self._templates = templates()
 
     # Pages
@@ -86,8 +91,8 @@ class Pages:
 
     async def settings(self, request: Request) -> Response:
         run = self.run(request)
-        settings = {} if run.record is None else flat(run.record.settings)
-        return self.page(request, "settings.html", run=run, tab="settings", settings=settings)
+        groups = {} if run.record is None else grouped(flat(run.record.settings))
+        return self.page(request, "settings.html", run=run, tab="settings", groups=groups)
 
     async def compare(self, request: Request) -> Response:
         chosen = [run for key in request.query_params.getlist("run") if (run := self._watcher.run(key))]
@@ -101,13 +106,15 @@ class Pages:
         run = self.run(request)
         wanted = wanted_of(run.key, request.query_params)
         after = max(whole(request.query_params.get("after")) or 0, 0)
-        found = await asyncio.to_thread(self._index.find, wanted, after=after, limit=PAGE)
-        # All rewards, so that another bin can be chosen.
-        bins = await asyncio.to_thread(self._index.rewards, replace(wanted, reward_from=None, reward_to=None))
+        found = await asyncio.to_thread(self._index.page, wanted, after=after, limit=PAGE)
         choices = await asyncio.to_thread(self._index.choices, run.key)
         given = {name: value for name, value in request.query_params.items() if value and name != "after"}
-        values: dict[str, Any] = {"run": run, "tab": "experiences", "wanted": wanted, "found": found, "bins": bins}
-        values |= {"choices": choices, "given": given, "after": after, "page": PAGE, "indexing": self._watcher.indexing}
+        values: dict[str, Any] = {"run": run, "tab": "experiences", "wanted": wanted, "found": found}
+        values |= {"bins": found.bins, "choices": choices, "given": given, "after": after, "page": PAGE}
+        begin = f"/runs/{quote(run.key)}/experiences/"
+        values["hrefs"] = [f"{begin}{quote(row.experience_id)}{query(given)}" for row in found.rows]
+        values["links"] = [_of_bin(given, wanted, one) for one in found.bins]
+        values["indexing"] = self._watcher.indexing
         return self.page(request, "experiences.html", **values)
 
     async def experience(self, request: Request) -> Response:
@@ -200,9 +207,17 @@ class Pages:
         return run
 
     def page(self, request: Request, template: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
-        own = {"request": request, "root": self._watcher.root, "may_act": request.scope.get("may_act", False)}
+        own = {"request": request, "root": self._watcher.root, "recording": self._recording}
+        own["may_act"] = request.scope.get("may_act", False) and not self._recording
         text = self._templates.get_template(template).render(**own, **values)
         return HTMLResponse(text, status_code=status_code, headers={"Cache-Control": "no-store"})
+
+
+def _of_bin(given: Mapping[str, str], wanted: ExperienceFilter, one: Bin) -> tuple[str, bool]:
+    """The address that chooses a bin, or no longer if it is chosen; and whether it is."""
+    chosen = (wanted.reward_from, wanted.reward_to) == (one.low, one.high)
+    bounds = (None, None) if chosen else (one.low, one.high)
+    return query(given, **dict(zip(("from", "to"), bounds, strict=True))) or "?", chosen
 
 
 def _charts(runs: Sequence[ShownRun], wanted: str) -> list[Chart]:

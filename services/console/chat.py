@@ -3,18 +3,18 @@ need the console's key (`guard`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from urllib.parse import parse_qs
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from mulligan.cli.out import json_safe
-from mulligan.common.inference import CallOptions, Completion, Message, Role, SamplingParams
-from mulligan.console.services import ServiceAnswer, Services
+from mulligan.cli.out import json_safe, safe
+from mulligan.common.inference import CallOptions, Message, Role, SamplingParams, StopReason
+from mulligan.console.services import ERRORS, ServiceAnswer, ServicesPort
 
 MOST_BYTES = 4 * 2**20  # of a conversation
 
@@ -41,6 +41,10 @@ class Talk(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, history=(*self.history, *said))
 
     @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
+
+    @property
     def messages(self) -> tuple[Message, ...]:
         begin = [Message(Role.SYSTEM, self.system)] if self.system else []
         return (*begin, *(Message(one.role, one.text) for one in self.history))
@@ -49,7 +53,7 @@ class Talk(msgspec.Struct, frozen=True):
 class ChatPages:
     """`page` renders a template with values."""
 
-    def __init__(self, services: Services, page: Callable[..., Response]) -> None:
+    def __init__(self, services: ServicesPort, page: Callable[..., Response]) -> None:
         self._services = services
         self._page = page
 
@@ -58,6 +62,7 @@ class ChatPages:
         return [
             Route("/chat", self.begin, methods=["GET"], name="chat"),
             Route("/chat", self.say, methods=["POST"]),
+            Route("/chat/stream", self.stream, methods=["POST"]),
         ]
 
     async def begin(self, request: Request) -> Response:
@@ -71,13 +76,39 @@ class ChatPages:
     async def say(self, request: Request) -> Response:
         talk, text = _read(await _body(request))
         asked = talk.then(Said(Role.USER, text))
-        sampling = SamplingParams(temperature=talk.temperature, max_tokens=talk.max_tokens)
-        answer = await self._services.complete(asked.messages, sampling, CallOptions(policy=talk.policy))
+        answer = await self._services.complete(asked.messages, talk.sampling, CallOptions(policy=talk.policy))
         prompts = await self._services.prompts()
         if answer.found is None:
             return await self._shown(request, talk, prompts, error=answer.error, text=text)
         done = answer.found
-        return await self._shown(request, asked.then(Said(Role.ASSISTANT, done.text, _note(done))), prompts)
+        versions = [span.policy_version for span in done.policy_versions]
+        note = _note(len(done.token_ids), done.stop_reason, versions)
+        return await self._shown(request, asked.then(Said(Role.ASSISTANT, done.text, note)), prompts)
+
+    async def stream(self, request: Request) -> Response:
+        """As `say`, for the page's script: a JSON object a line. Those with `text` are parts of the answer, the last
+        one has the note and the history, or an error."""
+        talk, text = _read(await _body(request))
+        headers = {"Cache-Control": "no-store"}
+        return StreamingResponse(self._lines(talk.then(Said(Role.USER, text))), 200, headers, "application/x-ndjson")
+
+    async def _lines(self, asked: Talk) -> AsyncIterator[bytes]:
+        said, count, stop = "", 0, None
+        versions: list[int] = []
+        try:
+            async for part in self._services.stream(asked.messages, asked.sampling, CallOptions(policy=asked.policy)):
+                said += part.text
+                count += len(part.token_ids)
+                stop = part.stop_reason or stop
+                versions += [span.policy_version for span in part.policy_versions]
+                if part.text:
+                    yield _line(text=safe(part.text))
+        except (*ERRORS, OSError) as error:  # TimeoutError is an OSError
+            yield _line(error=safe(str(error) or "the policy service did not answer in time"))
+            return
+        note = _note(count, stop, versions)
+        history = asked.then(Said(Role.ASSISTANT, said, note)).history
+        yield _line(note=safe(note), history=json_safe(msgspec.json.encode(history).decode()))
 
     async def _shown(
         self, request: Request, talk: Talk, prompts: ServiceAnswer[dict[str, str]], *, error: str = "", text: str = ""
@@ -88,16 +119,20 @@ class ChatPages:
             "chat.html",
             talk=talk,
             history=json_safe(msgspec.json.encode(talk.history).decode()),
-            policies=[one.info.name for one in policies.found or []],
+            policies=[one.info.name for one in policies.policies],
             environments=sorted(prompts.found or {}),
-            error=error or policies.error,
+            error=error or ("" if policies.policies else "; ".join(policies.errors.values())),
             text=text,
         )
 
 
-def _note(done: Completion) -> str:
-    versions = ", ".join(dict.fromkeys(str(span.policy_version) for span in done.policy_versions))
-    return f"{len(done.token_ids)} tokens · {done.stop_reason} · version {versions or 'unknown'}"
+def _note(tokens: int, stop: StopReason | None, versions: Iterable[int]) -> str:
+    told = ", ".join(dict.fromkeys(map(str, versions)))
+    return f"{tokens} tokens · {stop or 'unknown'} · version {told or 'unknown'}"
+
+
+def _line(**values: str) -> bytes:
+    return msgspec.json.encode(values) + b"\n"
 
 
 async def _body(request: Request) -> dict[str, str]:

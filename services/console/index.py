@@ -1,46 +1,54 @@
 """An index of the experiences of all runs, so that they can be filtered: a SQLite file in the user's cache folder.
 
 It says nothing that the journals do not say, and can be removed at any time. A step's file is read again when it has
-changed. https://www.sqlite.org/fts5.html
+changed. Words are searched by SQLite (https://www.sqlite.org/fts5.html), everything else by arrays (`facts`).
 """
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 
 from mulligan.common.experience import Experience
 from mulligan.common.text import bounded
+from mulligan.console.facts import Mask, RunFacts, packed
+from mulligan.console.histogram import Bin, histogram
 from mulligan.trainer.journal import read_experiences, slot_of
 
 log = structlog.get_logger()
-_VERSION = 2  # of the schema; an index of another one is made anew
+_VERSION = 3  # of the schema; an index of another one is made anew
 _TEXT = 20_000  # characters of an experience that can be searched
+_MOST_RUNS = 8  # whose facts are kept in memory: 5 MB for 100,000 experiences
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = OFF;
-CREATE TABLE IF NOT EXISTS files (run TEXT, step INTEGER, size INTEGER, changed INTEGER, PRIMARY KEY (run, step))
-    WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS files (
+    revision INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT, step INTEGER, size INTEGER, changed INTEGER, facts BLOB,
+    UNIQUE (run, step)
+);
+CREATE INDEX IF NOT EXISTS of_run ON files (run);
+CREATE TABLE IF NOT EXISTS codes (id INTEGER PRIMARY KEY, value TEXT UNIQUE);
 CREATE TABLE IF NOT EXISTS choices (id INTEGER PRIMARY KEY, run TEXT, name TEXT, value TEXT, UNIQUE (run, name, value));
 CREATE TABLE IF NOT EXISTS experiences (
     id INTEGER PRIMARY KEY, run TEXT, step INTEGER, slot INTEGER, rollout INTEGER, experience_id TEXT,
     environment TEXT, task_id TEXT, algorithm TEXT, roles TEXT, rewards TEXT, outcome TEXT, reward REAL,
-    gain REAL, turns INTEGER, tokens INTEGER, memory INTEGER, text TEXT
+    gain REAL, turns INTEGER, tokens INTEGER, memory INTEGER
 );
-CREATE INDEX IF NOT EXISTS of_step ON experiences (run, step DESC, slot, rollout);
-CREATE INDEX IF NOT EXISTS of_reward ON experiences (run, reward);
+CREATE INDEX IF NOT EXISTS of_step ON experiences (run, step);
 CREATE INDEX IF NOT EXISTS of_id ON experiences (run, experience_id);
-CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5 (text, content = 'experiences', content_rowid = 'id');
-CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON experiences BEGIN
+CREATE TABLE IF NOT EXISTS texts (id INTEGER PRIMARY KEY, text TEXT);
+CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5 (text, content = 'texts', content_rowid = 'id');
+CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON texts BEGIN
     INSERT INTO words (rowid, text) VALUES (new.id, new.text);
 END;
-CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON experiences BEGIN
+CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON texts BEGIN
     INSERT INTO words (words, rowid, text) VALUES ('delete', old.id, old.text);
 END;
 """
@@ -89,24 +97,25 @@ class ExperienceFilter:
     reward_to: float | None = None
     text: str = ""
 
-    def conditions(self) -> Iterator[tuple[str, object]]:
-        yield "run = ?", self.run
+    def fits(self, facts: RunFacts) -> Mask:
+        """Which rows fulfil all conditions but those of `text`."""
+        rows = facts.rows
+        found = np.ones(len(rows), np.bool_)
         if self.step is not None:
-            yield "step = ?", self.step
+            found &= rows["step"] == self.step
         if self.slot is not None:
-            yield "slot = ?", self.slot
+            found &= rows["slot"] == self.slot
         if self.environment:
-            yield "environment = ?", self.environment
+            found &= facts.coded("environment", lambda text: text == self.environment)
         if self.role:
-            yield "instr(roles, ?) > 0", f" {self.role} "
+            found &= facts.coded("roles", lambda text: f" {self.role} " in text)
         if self.outcome:
-            yield "outcome = ?", self.outcome
+            found &= facts.coded("outcome", lambda text: text == self.outcome)
         if self.reward_from is not None:
-            yield "reward >= ?", self.reward_from
+            found &= rows["reward"] >= self.reward_from
         if self.reward_to is not None:
-            yield "reward <= ?", self.reward_to
-        if match := _match(self.text):
-            yield "id IN (SELECT rowid FROM words WHERE words MATCH ?)", match
+            found &= rows["reward"] <= self.reward_to
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +125,10 @@ class FoundExperiences:
 
 
 @dataclass(frozen=True, slots=True)
-class Bin:
-    """Of a histogram: rewards from `low` to `high`, both included."""
+class FoundPage(FoundExperiences):
+    """`bins` are of the rewards of all that fulfil the other conditions, so that another bin can be chosen."""
 
-    low: float
-    high: float
-    count: int
+    bins: Sequence[Bin]
 
 
 class ExperienceIndex:
@@ -139,6 +146,8 @@ class ExperienceIndex:
             self._writer = self._open()
         self._writer.executescript(f"{_SCHEMA}\nPRAGMA user_version = {_VERSION};")
         self._local = threading.local()
+        self._facts: dict[str, RunFacts] = {}  # the latest used last
+        self._refreshing = threading.Lock()
 
     def close(self) -> None:
         self._writer.close()
@@ -169,75 +178,134 @@ class ExperienceIndex:
         if known.fetchone() == (state.st_size, state.st_mtime_ns):
             return False
         experiences = read_experiences(file)
-        rows = [(*astuple(row_of(run, one)), text_of(one)) for one in experiences]
+        rows = [row_of(run, one) for one in experiences]
+        texts = [text_of(one) for one in experiences]
         choices = dict.fromkeys(pair for one in experiences for pair in _choices(one))
         with self._writing:
             self._writer.execute("BEGIN IMMEDIATE")
             try:
-                self._writer.execute("DELETE FROM experiences WHERE run = ? AND step = ?", (run, step))
-                marks = ", ".join("?" * (len(_NAMES) + 1))
-                self._writer.executemany(f"INSERT INTO experiences ({_COLUMNS}, text) VALUES ({marks})", rows)
+                self._remove(run, step)
+                facts = self._put(rows, texts)
                 chosen = "INSERT OR IGNORE INTO choices (run, name, value) VALUES (?, ?, ?)"
                 self._writer.executemany(chosen, [(run, *pair) for pair in choices])
-                values = (run, step, state.st_size, state.st_mtime_ns)
-                self._writer.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", values)
+                values = (run, step, state.st_size, state.st_mtime_ns, facts)
+                file_row = "INSERT OR REPLACE INTO files (run, step, size, changed, facts) VALUES (?, ?, ?, ?, ?)"
+                self._writer.execute(file_row, values)
                 self._writer.execute("COMMIT")
             except BaseException:
                 self._writer.execute("ROLLBACK")
                 raise
         return True
 
-    def find(
-        self, wanted: ExperienceFilter, *, after: int = 0, limit: int = 50, newest_first: bool = True
-    ) -> FoundExperiences:
-        """Rows from the `after`-th on, in the order of the journal, or the other way round."""
-        where, values = _where(wanted)
-        order = "DESC" if newest_first else "ASC"
-        query = (
-            f"SELECT {_COLUMNS} FROM experiences WHERE {where} ORDER BY step {order}, slot, rollout LIMIT ? OFFSET ?"
+    def _remove(self, run: str, step: int) -> None:
+        of_step = "SELECT id FROM experiences WHERE run = ? AND step = ?"
+        self._writer.execute(f"DELETE FROM texts WHERE id IN ({of_step})", (run, step))
+        self._writer.execute("DELETE FROM experiences WHERE run = ? AND step = ?", (run, step))
+
+    def _put(self, rows: Sequence[ExperienceRow], texts: Sequence[str]) -> bytes:
+        """The facts of the rows."""
+        (last,) = self._writer.execute("SELECT coalesce(max(id), 0) FROM experiences").fetchone()
+        ids = range(last + 1, last + 1 + len(rows))
+        values = dict.fromkeys(value for row in rows for value in (row.roles, row.outcome, row.environment))
+        self._writer.executemany("INSERT OR IGNORE INTO codes (value) VALUES (?)", [(value,) for value in values])
+        code = {value: number for number, value in self._writer.execute("SELECT id, value FROM codes")}
+        marks = ", ".join("?" * (len(_NAMES) + 1))
+        into = f"INSERT INTO experiences (id, {_COLUMNS}) VALUES ({marks})"
+        self._writer.executemany(into, [(number, *astuple(row)) for number, row in zip(ids, rows, strict=True)])
+        self._writer.executemany("INSERT INTO texts VALUES (?, ?)", zip(ids, texts, strict=True))
+        return packed(
+            [
+                (
+                    *(number, row.step, row.slot, row.rollout, row.reward),
+                    *(code[row.roles], code[row.outcome], code[row.environment]),
+                )
+                for number, row in zip(ids, rows, strict=True)
+            ]
         )
-        rows = [ExperienceRow(*row) for row in self._reader.execute(query, (*values, limit, after))]
-        (count,) = self._reader.execute(f"SELECT count(*) FROM experiences WHERE {where}", values).fetchone()
-        return FoundExperiences(rows, count)
 
-    def place(self, wanted: ExperienceFilter, experience_id: str) -> int | None:
-        """How many come before this one in the order of `find`, the newest first; None where it is not among them."""
-        where, values = _where(wanted)
-        mine = f"SELECT step, slot, rollout FROM experiences WHERE {where} AND experience_id = ?"
-        found = self._reader.execute(mine, (*values, experience_id)).fetchone()
-        if found is None:
-            return None
-        step, slot, rollout = found
-        before = f"SELECT count(*) FROM experiences WHERE {where} AND"
-        (later,) = self._reader.execute(f"{before} step > ?", (*values, step)).fetchone()
-        within = f"{before} step = ? AND (slot, rollout) < (?, ?)"
-        (beside,) = self._reader.execute(within, (*values, step, slot, rollout)).fetchone()
-        return int(later + beside)
+    def find(self, wanted: ExperienceFilter, *, after: int = 0, limit: int = 50) -> FoundExperiences:
+        """Rows from the `after`-th on: the latest step first, within a step in the order of the journal."""
+        facts = self._facts_of(wanted.run)
+        return self._found(facts, self._matching(facts, wanted), after, limit)
 
-    def neighbours(self, wanted: ExperienceFilter, experience_id: str) -> tuple[str | None, str | None]:
-        """The ids of the experiences before and after this one, in the order of `find`; None at an end."""
-        where, values = _where(wanted)
-        place = "SELECT step, slot, rollout FROM experiences WHERE run = ? AND experience_id = ?"
-        found = self._reader.execute(place, (wanted.run, experience_id)).fetchone()
-        if found is None:
-            return None, None
-        return self._beside(where, values, found, after=False), self._beside(where, values, found, after=True)
-
-    def _beside(self, where: str, values: list[object], place: tuple[int, int, int], *, after: bool) -> str | None:
-        step, slot, rollout = place
-        beyond, order, steps = (">", "ASC", "DESC") if after else ("<", "DESC", "ASC")
-        select = f"SELECT experience_id FROM experiences WHERE {where} AND"
-        within = f"{select} step = ? AND (slot, rollout) {beyond} (?, ?) ORDER BY slot {order}, rollout {order} LIMIT 1"
-        others = f"{select} step {'<' if after else '>'} ? ORDER BY step {steps}, slot {order}, rollout {order} LIMIT 1"
-        found = self._reader.execute(within, (*values, step, slot, rollout)).fetchone()
-        found = found or self._reader.execute(others, (*values, step)).fetchone()
-        return found[0] if found else None
+    def page(self, wanted: ExperienceFilter, *, after: int = 0, limit: int = 50, bins: int = 20) -> FoundPage:
+        """As `find`, with a histogram."""
+        facts = self._facts_of(wanted.run)
+        any_reward = self._matching(facts, replace(wanted, reward_from=None, reward_to=None))
+        by_reward = ExperienceFilter(wanted.run, reward_from=wanted.reward_from, reward_to=wanted.reward_to)
+        found = self._found(facts, any_reward & by_reward.fits(facts), after, limit)
+        return FoundPage(found.rows, found.count, _histogram(facts, any_reward, bins))
 
     def rewards(self, wanted: ExperienceFilter, bins: int = 20) -> list[Bin]:
         """A histogram of the rewards; as many bins as there are different rewards, if those are few."""
-        where, values = _where(wanted)
-        query = f"SELECT reward, count(*) FROM experiences WHERE {where} AND reward IS NOT NULL GROUP BY reward"
-        return _bins(self._reader.execute(query, values).fetchall(), bins)
+        facts = self._facts_of(wanted.run)
+        return _histogram(facts, self._matching(facts, wanted), bins)
+
+    def place(self, wanted: ExperienceFilter, experience_id: str) -> int | None:
+        """How many come before this one in the order of `find`; None where it is not among them."""
+        facts = self._facts_of(wanted.run)
+        place = self._place(facts, wanted.run, experience_id)
+        if place is None:
+            return None
+        matching = self._matching(facts, wanted)
+        return int(matching[:place].sum()) if matching[place] else None
+
+    def neighbours(self, wanted: ExperienceFilter, experience_id: str) -> tuple[str | None, str | None]:
+        """The ids of the experiences before and after this one, in the order of `find`; None at an end."""
+        facts = self._facts_of(wanted.run)
+        place = self._place(facts, wanted.run, experience_id)
+        if place is None:
+            return None, None
+        places = np.flatnonzero(self._matching(facts, wanted))
+        before, after = places[places < place], places[places > place]
+        return self._name(facts, before[-1:]), self._name(facts, after[:1])
+
+    def _name(self, facts: RunFacts, place: npt.NDArray[np.intp]) -> str | None:
+        """The id of the experience at a place, if there is one."""
+        query = "SELECT experience_id FROM experiences WHERE id = ?"
+        found = [self._reader.execute(query, (number,)).fetchone() for number in facts.rows["id"][place].tolist()]
+        return found[0][0] if found and found[0] else None
+
+    def _facts_of(self, run: str) -> RunFacts:
+        """As the index has them now, also where another process wrote it."""
+        changed = "SELECT revision, step, facts FROM files WHERE run = ? AND revision > ?"
+        with self._refreshing:
+            known = self._facts.pop(run, None) or RunFacts()
+            if newer := self._reader.execute(changed, (run, known.revision)).fetchall():
+                known = known.with_steps(newer, dict(self._reader.execute("SELECT id, value FROM codes")))
+            self._facts[run] = known
+            if len(self._facts) > _MOST_RUNS:
+                del self._facts[next(iter(self._facts))]
+        return known
+
+    def _matching(self, facts: RunFacts, wanted: ExperienceFilter) -> Mask:
+        found = wanted.fits(facts)
+        match = _match(wanted.text)
+        return found & facts.among(self._with_words(match, *facts.span)) if match and len(found) else found
+
+    def _with_words(self, match: str, low: int, high: int) -> npt.NDArray[np.int64]:
+        """The ids with these words. One text with all of them is read twice as fast as a row for each."""
+        query = "SELECT group_concat(rowid, ' ') FROM words WHERE words MATCH ? AND rowid BETWEEN ? AND ?"
+        (text,) = self._reader.execute(query, (match, low, high)).fetchone()
+        return np.fromstring(text or "", np.int64, sep=" ")
+
+    def _found(self, facts: RunFacts, matching: Mask, after: int, limit: int) -> FoundExperiences:
+        places = np.flatnonzero(matching)
+        return FoundExperiences(self._rows(facts.rows["id"][places[after : after + limit]]), len(places))
+
+    def _rows(self, ids: npt.NDArray[np.int64]) -> list[ExperienceRow]:
+        """In this order, without those that another revision of a step has replaced meanwhile."""
+        marks = ", ".join("?" * len(ids))
+        query = f"SELECT id, {_COLUMNS} FROM experiences WHERE id IN ({marks})"
+        found = {row[0]: ExperienceRow(*row[1:]) for row in self._reader.execute(query, ids.tolist())}
+        return [found[number] for number in ids.tolist() if number in found]
+
+    def _place(self, facts: RunFacts, run: str, experience_id: str) -> int | None:
+        """In the facts' rows."""
+        query = "SELECT id FROM experiences WHERE run = ? AND experience_id = ?"
+        found = self._reader.execute(query, (run, experience_id)).fetchone()
+        places = np.flatnonzero(facts.rows["id"] == (found[0] if found else 0)).tolist()  # ids begin at 1
+        return places[0] if places else None
 
     def choices(self, run: str) -> dict[str, list[str]]:
         """The environments, outcomes and roles of a run, to choose from, in the order in which they came."""
@@ -247,26 +315,9 @@ class ExperienceIndex:
         return found
 
 
-def histogram(rewards: Iterable[float], bins: int = 20) -> list[Bin]:
-    """As `ExperienceIndex.rewards`, of these."""
-    return _bins(sorted(Counter(rewards).items()), bins)
-
-
-def _bins(counts: Sequence[tuple[float, int]], bins: int) -> list[Bin]:
-    """`counts` has the different rewards in ascending order, each with how often it is there."""
-    if len(counts) <= bins:
-        return [Bin(reward, reward, count) for reward, count in counts]
-    low, high = counts[0][0], counts[-1][0]
-    width = (high - low) / bins
-    sums = [0] * bins
-    for reward, count in counts:
-        sums[min(int((reward - low) / width), bins - 1)] += count
-    return [Bin(low + width * place, low + width * (place + 1), count) for place, count in enumerate(sums)]
-
-
-def _where(wanted: ExperienceFilter) -> tuple[str, list[object]]:
-    conditions = list(wanted.conditions())
-    return " AND ".join(condition for condition, _ in conditions), [value for _, value in conditions]
+def _histogram(facts: RunFacts, matching: Mask, bins: int) -> list[Bin]:
+    rewards = facts.rows["reward"][matching]
+    return histogram(rewards[~np.isnan(rewards)], bins)
 
 
 def _match(text: str) -> str:

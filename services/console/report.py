@@ -17,7 +17,8 @@ from markupsafe import Markup
 
 from mulligan.common.experience import Experience
 from mulligan.console.charts import first_charts, matching_charts
-from mulligan.console.index import Bin, ExperienceRow, histogram, row_of
+from mulligan.console.histogram import Bin, histogram
+from mulligan.console.index import ExperienceRow, row_of
 from mulligan.console.library import ShownRun
 from mulligan.console.settings import flat
 from mulligan.console.templating import STATIC, templates
@@ -64,6 +65,7 @@ def report(run: ShownRun, count: int, *, tokens: bool) -> str:
             others=matching_charts(names - shown_first, ""),
             series=_embedded(_points(run)),
             rows=[row_of(run.key, one) for one in chosen.experiences],
+            hrefs=[f"#e{number}" for number, _ in enumerate(chosen.experiences, 1)],
             views=[view_of(one, texts) for one in chosen.experiences],
             with_tokens=tokens,
             chosen=chosen,

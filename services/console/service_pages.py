@@ -10,15 +10,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mulligan.common.reflections import StoredReflection
-from mulligan.console.services import Services
+from mulligan.console.services import ServicesPort
 
 PAGE = 200  # entries
+LATEST = 20  # versions of a policy that are shown at first
 
 
 class ServicePages:
     """`page` renders a template with values."""
 
-    def __init__(self, services: Services, page: Callable[..., Response]) -> None:
+    def __init__(self, services: ServicesPort, page: Callable[..., Response]) -> None:
         self._services = services
         self._page = page
 
@@ -35,7 +36,8 @@ class ServicePages:
         return self._page(request, "services.html", found=await self._services.health())
 
     async def policies(self, request: Request) -> Response:
-        return self._page(request, "policies.html", answer=await self._services.policies())
+        found, every = await self._services.policies(), bool(request.query_params.get("all"))
+        return self._page(request, "policies.html", found=found, every=every, latest=LATEST)
 
     async def entries(self, request: Request) -> Response:
         given = {name: value for name, value in request.query_params.items() if value}

@@ -25,3 +25,12 @@ def differences(settings: Sequence[Mapping[str, object]]) -> list[tuple[str, lis
     names = dict.fromkeys(name for one in found for name in one)
     rows = [(name, [one.get(name, "") for one in found]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def grouped(settings: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """By the first part of the names: the groups without it, and first, under "", those that are no table's."""
+    found: dict[str, dict[str, str]] = {"": {}}
+    for name, value in settings.items():
+        table, _, rest = name.partition(".")
+        found.setdefault(table if rest else "", {})[rest or name] = value
+    return {table: values for table, values in found.items() if values}

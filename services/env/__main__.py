@@ -10,10 +10,12 @@ import structlog
 
 from mulligan.common.config import refuse
 from mulligan.common.files import keep_files_private
+from mulligan.common.metrics import collected
 from mulligan.common.server import run, serve
 from mulligan.env import processes
 from mulligan.env.config import EnvSettings
 from mulligan.env.episodes import EpisodeTable
+from mulligan.env.metrics import EpisodeGauges
 from mulligan.env.servicer import add_to_server
 from mulligan.env.workers import WorkerPool
 
@@ -42,7 +44,8 @@ def main() -> None:
                 log_protection()
         table = EpisodeTable(environments, workers, settings.limits)
         sweeping = asyncio.create_task(table.keep_expiring(min(settings.lease_seconds / 4, 10.0)))
-        await serve(settings, lambda server: add_to_server(server, table), on_started=processes.served)
+        with collected(EpisodeGauges(lambda: table.live_count, lambda: table.answer_bytes)):
+            await serve(settings, lambda server: add_to_server(server, table), on_started=processes.served)
         sweeping.cancel()
         await table.close(_CLOSING_SECONDS)
         workers.close()

@@ -10,19 +10,22 @@ episode delays no other. Steps are exactly-once, so repeating them is safe.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import grpc
 import structlog
 
 from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable, invalid_field
 from mulligan.common.status import domain_error
 from mulligan.common.suggest import did_you_mean
-from mulligan.common.tasks import cancel
+from mulligan.common.tasks import cancel, to_its_end
+from mulligan.common.tracing import Origin, origin, span
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
@@ -37,6 +40,7 @@ _MAX_CALLS = 64  # concurrent calls other than steps; thousands of starts at onc
 _FIRST_WAIT_SECONDS = 0.05
 _STILL_RUNS = ("DEADLINE_EXCEEDED", "the step still runs")
 _PAGE_SIZE = 1000
+_GIVE_UP_SECONDS = 2.0
 _CALLS_PER_LEASE = 3  # two may be lost or late
 _SHORTEST_WAIT_SECONDS = 0.02
 _SPLITS = {Split.TRAIN: pb.SPLIT_TRAIN, Split.TEST: pb.SPLIT_TEST}
@@ -82,15 +86,29 @@ class EnvClient:
 
     async def start(self, environment: str, task_id: str, episode_id: str) -> RemoteEpisode:
         request = pb.StartEpisodeRequest(episode_id=episode_id, environment=environment, task_id=task_id)
-        return await self._begin(episode_id, partial(self._call, self._stub.StartEpisode, request))
+        return await self._begin(episode_id, self._stub.StartEpisode, request)
 
     async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> RemoteEpisode:
         """Starts another episode in the state of this one after `step_index` steps."""
         request = pb.ForkEpisodeRequest(episode_id=episode_id, step_index=step_index, new_episode_id=new_episode_id)
-        return await self._begin(new_episode_id, partial(self._call, self._stub.ForkEpisode, request), step_index)
+        return await self._begin(new_episode_id, self._stub.ForkEpisode, request, step_index)
 
-    async def _begin(self, episode_id: str, call: Callable[[], Awaitable[Any]], next_step: int = 0) -> RemoteEpisode:
-        return RemoteEpisode(episode_id, self, await call(), call, next_step)
+    async def _begin(
+        self, episode_id: str, method: Callable[..., Awaitable[Any]], request: Any, next_step: int = 0
+    ) -> RemoteEpisode:
+        async with self._places:
+            try:
+                begun = await self._connection.call(method, request, timeout=self._timeout)
+            except asyncio.CancelledError:  # it may have begun all the same, and would take a place during its lease
+                await to_its_end(self._give_up(episode_id))
+                raise
+        return RemoteEpisode(episode_id, self, begun, partial(self._call, method, request), next_step)
+
+    async def _give_up(self, episode_id: str) -> None:
+        """Ends an episode that nobody will play, if its server answers soon."""
+        request = pb.EndEpisodeRequest(episode_id=episode_id)
+        with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):  # the second: the channel is closed
+            await self._stub.EndEpisode(request, timeout=_GIVE_UP_SECONDS, metadata=self._connection.metadata)
 
     async def step(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
         """Plays one step. A repetition with the same action returns the same answer."""
@@ -99,8 +117,9 @@ class EnvClient:
                 action.encode()
             except ValueError as error:
                 raise invalid_field("action", f"text that UTF-8 can carry ({error})") from error
-        answer = await self._steps.put(episode_id, step_index, action)
-        return answer or await self.step_alone(episode_id, step_index, action)
+        with span("episode.step", episode_id=episode_id, step_index=step_index):
+            answer = await self._steps.put(episode_id, step_index, action)
+            return answer or await self.step_alone(episode_id, step_index, action)
 
     async def step_alone(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
         """As `step`, but in a unary call, which delays no other step."""
@@ -223,6 +242,7 @@ class _Waiting(NamedTuple):
     episode_id: str
     step_index: int
     action: str
+    origin: Origin | None
 
 
 class _StepQueue:
@@ -247,7 +267,7 @@ class _StepQueue:
 
     async def put(self, episode_id: str, step_index: int, action: str) -> _Answer:
         loop = asyncio.get_running_loop()
-        item = _Waiting(loop.create_future(), episode_id, step_index, action)
+        item = _Waiting(loop.create_future(), episode_id, step_index, action, origin())
         if self._was_alone and not self._batches and not self._waiting:
             # The last step was alone, so this one probably is, too: send it at once, without a task, which would cost a
             # tenth of a lone step. Other steps of this tick form the second batch.
@@ -303,13 +323,16 @@ class _StepQueue:
     async def _call(self, batch: list[_Waiting], wait: float) -> list[_Waiting]:
         """Completes the futures of the steps that are answered within the wait. Returns the other steps."""
         request = pb.StepEpisodesRequest()
+        origins = [item.origin for item in batch if item.origin is not None]
         request.max_wait.nanos = int(wait % 1 * 1e9)
         request.max_wait.seconds = int(wait)
         add = request.steps.add
-        for _, episode_id, step_index, action in batch:
+        for _, episode_id, step_index, action, _ in batch:
             add(episode_id=episode_id, step_index=step_index, action=action)
         try:
-            response = await self._connection.call(self._stub.StepEpisodes, request, timeout=wait + self._timeout)
+            response = await self._connection.call(
+                self._stub.StepEpisodes, request, timeout=wait + self._timeout, origins=origins
+            )
         except asyncio.CancelledError:
             for item in batch:
                 item.future.cancel()

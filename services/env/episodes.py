@@ -26,6 +26,7 @@ from mulligan.common.types import EpisodeStep
 from mulligan.env import calls
 from mulligan.env.base import Environment, Episode, close, fork
 from mulligan.env.calls import StartResult, play
+from mulligan.env.metrics import UNFINISHED, EpisodeMetrics
 from mulligan.env.workers import FunctionJob, Job, TimedOut, WorkerPool
 
 log = structlog.get_logger()
@@ -144,6 +145,7 @@ class EpisodeTable:
         self.environments = environments
         self.workers = workers
         self.limits = limits or EpisodeLimits()
+        self._metrics = {name: EpisodeMetrics(name) for name in environments}
         self._clock = clock
         self._live: OrderedDict[str, EpisodeRecord] = OrderedDict()  # both: least recently used first
         self._finished: OrderedDict[str, EpisodeRecord] = OrderedDict()
@@ -271,6 +273,7 @@ class EpisodeTable:
         if record.source is None:
             self._add_bytes(record, sys.getsizeof(begun.observation) + _ENTRY_BYTES)
         record.started.set_result(begun)
+        self._metrics[record.environment].started()
         if record.released:  # ended while it started
             self._release(record)
 
@@ -343,6 +346,10 @@ class EpisodeTable:
                 del self._live[record.episode_id]
                 self._finished[record.episode_id] = record
                 record.touched = self._clock()
+        metrics = self._metrics[record.environment]
+        metrics.stepped()
+        if answer.done and answer.outcome is not None:
+            metrics.ended(answer.outcome)
         step.answer = answer
         for latch in step.latches:
             latch.count_down()
@@ -384,7 +391,8 @@ class EpisodeTable:
         if episode_id in self._finished:
             self._drop(self._finished, episode_id)
         if episode_id in self._live:
-            self._release(self._drop(self._live, episode_id))
+            self._release(record := self._drop(self._live, episode_id))
+            self._metrics[record.environment].ended(UNFINISHED)
 
     def _add_bytes(self, record: EpisodeRecord, size: int) -> None:
         """Of an answer. The episode may have been ended meanwhile."""
@@ -445,6 +453,7 @@ class EpisodeTable:
                     self._drop(records, episode_id)
                     if records is self._live:
                         self._release(record)
+                        self._metrics[record.environment].ended(UNFINISHED)
                     self._expired.pop(episode_id, None)
                     self._expired[episode_id] = now
         while self._expired:

@@ -24,7 +24,7 @@ from mulligan.common.reflections import (
     UseOutcome,
 )
 from mulligan.common.run_credentials import RunGuard
-from mulligan.memory import wire
+from mulligan.memory import metrics, wire
 from mulligan.memory.embedder import Embedder
 from mulligan.memory.retrieval import retrieve
 from mulligan.memory.store import ANSWER_BYTES, NewReflection, Rewriting, Store
@@ -74,6 +74,7 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
             unless_known=request.unless_known,
         )
         added = await self._store.add(new)
+        metrics.ADDED.inc()
         return pb.AddReflectionResponse(reflection_id=added.reflection_id, version=added.version)
 
     async def QueryReflections(self, request: pb.QueryReflectionsRequest, context: Any) -> pb.QueryReflectionsResponse:
@@ -81,6 +82,7 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
             self._guard.check_scopes(context, request.scope)
         query = await self._with_embedding(wire.query_from_proto(request))
         found = await retrieve(query, self._store)
+        metrics.RETRIEVED.inc(len(found.reflections))
         if request.HasField("trial"):
             trial = Trial(tuple(request.trial.use_keys), request.trial.holdout, request.trial.seed)
             return wire.retrieved_to_proto(await with_uses(found, query.scope, trial, self._store))
@@ -150,7 +152,9 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
         if self._guard.is_set:
             scopes = await self._store.scopes_of_uses([outcome.use_id for outcome in outcomes])
             self._guard.check_scopes(context, *scopes)
-        return pb.ReportOutcomeResponse(counted=await self._store.report(outcomes, _actor(context)))
+        counted = await self._store.report(outcomes, _actor(context))
+        metrics.REPORTED.inc(counted)
+        return pb.ReportOutcomeResponse(counted=counted)
 
     async def _check_scope_of(self, reflection_id: str, context: Any) -> None:
         """That the caller may write to the scope of the entry. Raises UNKNOWN_REFLECTION and RUN_CREDENTIAL."""

@@ -6,9 +6,9 @@ import sys
 
 from mulligan.common.config import refuse
 from mulligan.common.files import keep_files_private
+from mulligan.common.metrics import collected
 from mulligan.common.server import run, serve
 from mulligan.policy.config import PolicySettings
-from mulligan.policy.gauges import collected
 from mulligan.policy.policies import Policies
 from mulligan.policy.servicer import add_to_server, health
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+from mulligan.common.http_keys import key_problem
 from mulligan.common.inference import (
     CanaryProbe,
     Feature,
@@ -29,8 +30,9 @@ class BackendSettings(PluginSettings):
     The class variables name some of its fields. `local_only`: fields that LoadModel must not set, because they name
     programs, files or variables of the server's machine. `credentials`: for each field that holds an address, the
     fields of the secrets that are sent there, if any; LoadModel names only addresses that the service allows, and drops
-    a secret when it changes the address. `exclusive`: fields
-    that list servers whose weights the policy sets; two policies cannot list the same server.
+    a secret when it changes the address. A secret goes to another machine over TLS alone, unless the backend has a
+    field `insecure` and it is set. `exclusive`: fields that list servers whose weights the policy sets; two policies
+    cannot list the same server.
 
     `in_0_1_0`: that release had a table of these settings, and made a digest of it that may still be kept;
     `after_0_1_0` are the fields that it lacked.
@@ -47,6 +49,22 @@ class BackendSettings(PluginSettings):
     def setup(self) -> tuple[str, ...]:
         """Two engines with the same setup give the same checksum for the same weights."""
         return ()
+
+    def addresses(self, name: str) -> tuple[str, ...]:
+        """Those in one of the fields that `credentials` names."""
+        value = getattr(self, name)
+        return (value,) if isinstance(value, str) else tuple(value)
+
+    def unprotected(self) -> tuple[str, str] | None:
+        """The field with an address that a secret must not go to, and why."""
+        allows = "insecure" in type(self).model_fields
+        insecure = bool(dict(self).get("insecure"))
+        for name, secrets in self.credentials.items():
+            if any(getattr(self, secret) for secret in secrets):
+                for address in filter(None, self.addresses(name)):
+                    if problem := key_problem(address, insecure=insecure):
+                        return name, f"{problem}{', or `insecure` beside it' if allows else ''}"
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,9 @@ class Deployment:
         self._changed = Broadcast()
         self._passed: set[int] = set()  # versions whose weights passed the check when they were loaded last
         self._checks: dict[int, WeightCheck] = {}  # of the version that serves, and of the one that is being loaded
-        self._tokens = metrics.SAMPLED_TOKENS.labels(name)
+        self.label = metrics.NAMES.label(name)  # of its metrics
+        metrics.begin(name)
+        self._tokens = metrics.SAMPLED_TOKENS.labels(self.label)
         # Equal for engines whose checksums of equal weights are equal.
         parts = [settings.backend, backend.model.dtype, *settings.own.setup]
         self._setup = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -215,7 +217,7 @@ class Deployment:
             await self._load_new(weights)
         await self._uploads.remove(weights.uri)
         seconds = time.monotonic() - started
-        metrics.UPDATE_SECONDS.labels(self.name).observe(seconds)
+        metrics.UPDATE_SECONDS.labels(self.label).observe(seconds)
         log.info("weights updated", seconds=round(seconds, 3), **self._facts())
         return self.record.version.canary_difference
 
@@ -406,7 +408,7 @@ class Deployment:
                     await asyncio.sleep(delay)
                     continue
                 if reason is Reason.CANARY_FAILED:
-                    metrics.CANARY_FAILURES.labels(self.name).inc()
+                    metrics.CANARY_FAILURES.labels(self.label).inc()
                 problem = "; ".join(filter(None, (problem, f"version {record.number} cannot be served: {error}")))
                 self._set_phase(PolicyState.REFUSED, problem)
                 log.error("policy refused", policy=self.name, policy_version=record.number, problem=problem)
@@ -522,7 +524,7 @@ class Deployment:
         return replace(found, setup=self._setup)
 
     def _count_failure(self, error: DomainError, **facts: object) -> None:
-        metrics.CANARY_FAILURES.labels(self.name).inc()
+        metrics.CANARY_FAILURES.labels(self.label).inc()
         log.error("canary failed", policy=self.name, problem=error.message, **facts)
 
     def _new_record(self, file: WeightsFile, origin: int) -> VersionRecord:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from mulligan.common.channel import Connection, is_for_later
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.tasks import cancel
+from mulligan.common.tracing import Origin, origin, span
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from mulligan.policy.wire import generate_error_from_proto
@@ -20,6 +21,7 @@ _MAX_BATCH_BYTES = 2 * 2**20
 class _Waiting(NamedTuple):
     future: asyncio.Future[pb.GenerateResponse | None]  # None: to be asked for in a call of its own
     request: pb.GenerateRequest
+    origin: Origin | None
 
 
 class GenerateQueue:
@@ -39,9 +41,13 @@ class GenerateQueue:
 
     async def put(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
         """Raises as `Connection.call` does."""
+        with span("generate", request_id=request.request_id, session_id=request.session_id):
+            return await self._put(request)
+
+    async def _put(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
         if self._is_offered:
             loop = asyncio.get_running_loop()
-            waiting = _Waiting(loop.create_future(), request)
+            waiting = _Waiting(loop.create_future(), request, origin())
             self._waiting.append(waiting)
             if len(self._waiting) == 1:
                 loop.call_soon(self._flush)  # at the end of this tick
@@ -68,8 +74,11 @@ class GenerateQueue:
         """Completes all futures of the batch."""
         request = pb.GenerateManyRequest(requests=[waiting.request for waiting in batch])
         unanswered = dict(enumerate(batch))
+        origins = [waiting.origin for waiting in batch if waiting.origin is not None]
         try:
-            async with self._connection.stream(self._stub.GenerateMany, request, timeout=self._timeout) as answers:
+            async with self._connection.stream(
+                self._stub.GenerateMany, request, timeout=self._timeout, origins=origins
+            ) as answers:
                 async for answer in answers:
                     self._connection.read(lambda message: self._settle(unanswered, message), answer)
         except asyncio.CancelledError:

@@ -80,6 +80,9 @@ class ModelRequest(BaseModel):
             _put(merged, name, text, places)
         for name in _credentials_of_others(self.options, places):
             _set(merged, name, None)
+        for place, kind in places.items():
+            if "insecure" in kind.model_fields and any(f"{place}{name}" in self.options for name in kind.credentials):
+                _set(merged, f"{place}insecure", False)  # it is for the addresses that it was given with
         merged |= {"model": self.model, "backend": backend}
         if self.model != own.model and "revision" not in self.options:
             merged["revision"] = ""  # it is one of the policy's own model
@@ -142,16 +145,11 @@ def check_addresses(request: ModelRequest, own: ModelSettings | None, allowed: C
     place = place_of(PolicyModelSettings, BACKENDS, settings.backend)
     before = own.own if own is not None and own.backend == settings.backend else None
     for name in settings.own.credentials:
-        known = {_plain(address) for address in (*allowed, *_addresses(before, name))}
-        for address in _addresses(settings.own, name) if f"{place}{name}" in request.options else ():
+        known = {_plain(address) for address in (*allowed, *(before.addresses(name) if before is not None else ()))}
+        for address in settings.own.addresses(name) if f"{place}{name}" in request.options else ():
             if _plain(address) not in known:
                 expected = "expected one that the server's setting allowed_addresses lists, as prompts go there"
                 raise _invalid(f"{place}{name}", f"{bounded(address, _SHOWN)}: {expected}")
-
-
-def _addresses(settings: BackendSettings | None, name: str) -> tuple[str, ...]:
-    value = getattr(settings, name) if settings is not None else ()
-    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _plain(address: str) -> str:

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from mulligan.common.extras import MissingExtra
 from mulligan.common.plugins import UnusablePlugin, chosen_settings, place_of, read_table
+from mulligan.common.suggest import bad_setting
 from mulligan.policy.backend import BackendSettings
 from mulligan.policy.backends import BACKENDS
 
@@ -83,6 +84,9 @@ class ModelSettings(BaseModel):
     def _own_are_complete(self) -> Self:
         if self.revision and not self.own.reads_files:
             raise ValueError(f"revision: {self.backend} has models by name alone")
+        if found := self.own.unprotected():
+            name, problem = found
+            raise bad_setting(f"{place_of(type(self), BACKENDS, self.backend)}{name}", problem)
         return self
 
     @property

@@ -21,7 +21,7 @@ import asyncio
 import hashlib
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from mulligan.common.inference import (
     VersionSpan,
 )
 from mulligan.common.tasks import cancel, gather_or_cancel
+from mulligan.common.tracing import Span, span
 from mulligan.policy import preflight
 from mulligan.policy.backend import Ask, Backend, Sampled, Scored
 from mulligan.policy.config import PolicySettings
@@ -401,7 +402,9 @@ def _derived(sampling: SamplingParams, index: int) -> SamplingParams:
 
 async def _sample(deployment: Deployment, ask: Ask, options: CallOptions) -> Sampled:
     while True:
-        sampled = await deployment.backend.generate(ask)
+        with span("engine.generate", policy=deployment.name, backend=deployment.settings.backend) as engine:
+            sampled = await deployment.backend.generate(ask)
+            engine.set(prompt_tokens=len(ask.token_ids), sampled_tokens=len(sampled.token_ids))
         if await deployment.verified(sampled.policy_versions):
             _check_versions(sampled.policy_versions, options)
             return sampled
@@ -456,7 +459,9 @@ async def _parts(
     while True:
         text = new_text() if new_text is not None else None
         given = False
-        async with aclosing(_closable(backend.stream(ask))) as stream:
+        # Never the current span: between two parts, what is current is the caller's.
+        engine = span("engine.stream", policy=deployment.name, backend=deployment.settings.backend)
+        async with aclosing(_closable(backend.stream(ask))) as stream, _ended(engine):
             async for sampled in stream:
                 if not await deployment.verified(sampled.policy_versions):
                     break
@@ -479,6 +484,14 @@ async def _parts(
             raise DomainError(
                 Reason.CANARY_FAILED, "the weights changed under way, and the new ones were refused: ask again"
             )
+
+
+@asynccontextmanager
+async def _ended(engine: Span) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        engine.end()
 
 
 def _closable(stream: AsyncIterator[Sampled]) -> AsyncGenerator[Sampled, None]:

@@ -14,6 +14,7 @@ from mulligan.common.inference import CallOptions, PublishedWeights
 from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
 from mulligan.common.request_log import RequestLog
 from mulligan.common.tasks import cancel
+from mulligan.common.tracing import span
 from mulligan.common.wire import tools_from_proto
 from mulligan.policy.policies import Policies
 from mulligan.policy.uploads import UploadHeader
@@ -88,7 +89,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             await cancel(*tasks)
 
     async def _item(self, index: int, request: pb.GenerateRequest) -> pb.GenerateManyResponse.Item:
-        with RequestLog("GenerateMany", request) as logged:
+        with span("generate", request_id=request.request_id), RequestLog("GenerateMany", request) as logged:
             try:
                 return pb.GenerateManyResponse.Item(index=index, response=await self.Generate(request, None))
             except DomainError as error:

@@ -24,7 +24,7 @@ def plain_log_probs(model: Any, token_ids: Sequence[int], temperature: float = 1
 
 
 def load(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def sha256(path: Path) -> str:

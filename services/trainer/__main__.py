@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,11 +16,13 @@ from tempfile import TemporaryDirectory
 from mulligan.common.config import refuse
 from mulligan.common.files import keep_files_private
 from mulligan.common.logs import configure_logging
+from mulligan.common.metrics import collected
 from mulligan.common.server import run, serve
 from mulligan.env import replicas as env_replicas
 from mulligan.memory.client import MemoryClient
 from mulligan.policy import replicas as policy_replicas
 from mulligan.trainer import servicer as runs
+from mulligan.trainer.client import LearnerAdminClient
 from mulligan.trainer.config import TrainerSettings
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.learner import servicer as learners
@@ -30,6 +33,7 @@ from mulligan.trainer.learner.ranks import Ranks, launch, launched
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import ServicePorts
+from mulligan.trainer.run_metrics import RunGauges
 from mulligan.trainer.settings import RunSettings
 
 
@@ -82,6 +86,7 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
         credential = settings.run_credential(run_id, scope)
         return memory if credential is None else memory.with_run_credential(credential)
 
+    admission = settings.admission(memory.snapshot, partial(_learner_ids, settings, learner_servicer))
     try:
         # With another trainer's learner, this one's folders may be those of that trainer: it writes nothing there.
         folders = ExitStack() if settings.learner_address else claim(settings.learner)
@@ -97,22 +102,34 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
         manager.go_on()
 
     try:
-        await serve(
-            settings,
-            lambda server: [
-                *runs.add_to_server(server, manager, settings.admission),
-                *learners.add_to_server(server, learner_servicer),
-            ],
-            on_started=go_on,
-            on_drain=partial(manager.drain, settings.drain_seconds),
-            own_address=private_address,
-        )
+        with collected(RunGauges(lambda: manager.active)):
+            await serve(
+                settings,
+                lambda server: [
+                    *runs.add_to_server(server, manager, admission),
+                    *learners.add_to_server(server, learner_servicer),
+                ],
+                on_started=go_on,
+                on_drain=partial(manager.drain, settings.drain_seconds),
+                own_address=private_address,
+            )
     finally:
         await manager.close()
         for client in (env, policy, memory):
             await client.close()
         await learner_servicer.close()
         folders.close()
+
+
+async def _learner_ids(settings: TrainerSettings, own: learners.LearnerServicer) -> Collection[str]:
+    """Of the learners at the server that runs of this trainer use."""
+    if not settings.learner_address:
+        return await own.learner_ids()
+    client = LearnerAdminClient(settings.endpoint("learner"))
+    try:
+        return [info.learner_id for info in await client.list()]
+    finally:
+        await client.close()
 
 
 if __name__ == "__main__":

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mulligan import models
-from mulligan.common.errors import DomainError, Reason
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.run_credentials import RunGrant, RunGuard, RunKeys
 from mulligan.trainer.metric_writers import check_writers
 from mulligan.trainer.recall import GLOBAL_SCOPE, scope_of
 from mulligan.trainer.settings import RunSettings
+
+T = TypeVar("T")
+_LOOK_SECONDS = 10.0  # for another service to say what there is of a name
+
+
+@dataclass(frozen=True)
+class NamesInUse:
+    """Knows what others have of a name that a new run would get: what `snapshot` says of the scope of the memory, and
+    which learners there are. `checkpoint_folder` is that of the learners, if they are this trainer's own."""
+
+    snapshot: Callable[[str], Awaitable[int]]
+    learner_ids: Callable[[], Awaitable[Collection[str]]]
+    checkpoint_folder: Path | None = None
+
+    async def has_entries(self, scope: str) -> bool:
+        """Raises DomainError SERVICE_UNAVAILABLE, as `has_learner` does."""
+        return await _looked("memory", self.snapshot(scope)) > 0
+
+    async def has_learner(self, learner_id: str) -> bool:
+        """Also one of earlier, of which there are checkpoints."""
+        if self.checkpoint_folder is not None and (self.checkpoint_folder / learner_id).exists():
+            return True
+        return learner_id in await _looked("learner", self.learner_ids())
+
+
+async def _looked(service: str, asked: Awaitable[T]) -> T:
+    try:
+        async with asyncio.timeout(_LOOK_SECONDS):
+            return await asked
+    except (ServiceUnavailable, CallFailed, DomainError, TimeoutError) as error:
+        said = str(error) or f"no answer within {_LOOK_SECONDS:g} s"
+        message = f"whether the run's id is in use cannot be seen: the {service} service does not say: {said}"
+        raise DomainError(Reason.SERVICE_UNAVAILABLE, message, endpoint=service) from error
 
 
 @dataclass(frozen=True)
@@ -24,11 +59,13 @@ class RunAdmission:
     credential_seconds: float = 24 * 3600.0
     checks_models: bool = False
     models_folder: Path | None = None
+    in_use: NamesInUse | None = None
 
-    def check(self, context: Any, run_id: str, settings: RunSettings) -> None:
+    async def check(self, context: Any, run_id: str, settings: RunSettings) -> None:
         """Raises DomainError INVALID_SETTING for a model in another place or a metric writer that is not there, and
         RUN_CREDENTIAL for a scope of the memory that is neither the run's own nor one that runs share: the trainer
-        would write to it."""
+        would write to it. Where callers need credentials, an id that names what others have is RUN_CREDENTIAL, too: the
+        run's credential would be good for that."""
         check_writers(settings.tracking.writers)
         source = settings.model.source
         checked = self.checks_models and settings.trains
@@ -37,9 +74,25 @@ class RunAdmission:
         scope = scope_of(settings, run_id)
         if scope not in (run_id, GLOBAL_SCOPE, f"environment/{settings.environment}"):
             self.guard.check_scopes(context, scope)
+        if scope == run_id and not self.guard.allows_scope(context, scope):
+            await self._refuse_scope_of_others(context, scope)
+        if not self.guard.allows_learner(context, run_id):
+            await self._refuse_learner_of_others(context, run_id)
+
+    async def _refuse_scope_of_others(self, context: Any, scope: str) -> None:
+        if self.in_use is not None and await self.in_use.has_entries(scope):
+            self.guard.check_scopes(context, scope, why=_taken("the scope of the memory with this name has entries"))
+
+    async def _refuse_learner_of_others(self, context: Any, run_id: str) -> None:
+        if self.in_use is not None and await self.in_use.has_learner(run_id):
+            self.guard.check_learner(context, run_id, why=_taken("there is such a learner, or a checkpoint of it"))
 
     def credential(self, context: Any, run_id: str, settings: RunSettings, *, new: bool) -> str:
         """The run's, for who started it, and for others that have one or are administrators; otherwise empty."""
         if self.keys is None or not self.keys.can_sign or not (new or self.guard.allows_learner(context, run_id)):
             return ""
         return self.keys.sign(RunGrant(run_id, (scope_of(settings, run_id),)), self.credential_seconds)
+
+
+def _taken(found: str) -> str:
+    return f"; {found} already, so a new run needs another run_id, or that credential"

@@ -52,15 +52,23 @@ class RunInfo:
 
 
 class RunClient:
-    """Starts, stops, watches and lists runs, and evaluates policies. Lists are read page by page."""
+    """Starts, stops, watches and lists runs, and evaluates policies. Lists are read page by page.
+
+    `credentials` are those of runs, by id; `start` adds the one that it is given. A call that acts upon a run carries
+    its credential, or else that of the endpoint.
+    """
 
     def __init__(self, endpoint: Endpoint):
         self._connection = Connection(endpoint)
+        self.credentials: dict[str, str] = {}
         self._stub = run_service_pb2_grpc.RunServiceStub(self._connection.channel)
 
     async def start(self, run_id: str, settings: RunSettings) -> RunInfo:
         request = pb.StartRunRequest(run_id=run_id, config=settings_to_proto(settings))
-        return self._run(await self._connection.call(self._stub.StartRun, request, timeout=CALL_SECONDS))
+        response = await self._of(run_id).call(self._stub.StartRun, request, timeout=CALL_SECONDS)
+        if response.credential:
+            self.credentials[run_id] = response.credential
+        return self._run(response)
 
     async def get(self, run_id: str) -> RunInfo:
         request = pb.GetRunRequest(run_id=run_id)
@@ -92,11 +100,11 @@ class RunClient:
 
     async def stop(self, run_id: str) -> RunInfo:
         request = pb.StopRunRequest(run_id=run_id)
-        return self._run(await self._connection.call(self._stub.StopRun, request, timeout=CALL_SECONDS))
+        return self._run(await self._of(run_id).call(self._stub.StopRun, request, timeout=CALL_SECONDS))
 
     async def resume(self, run_id: str, *, accept_environment: bool = False) -> RunInfo:
         request = pb.ResumeRunRequest(run_id=run_id, accept_environment=accept_environment)
-        return self._run(await self._connection.call(self._stub.ResumeRun, request, timeout=CALL_SECONDS))
+        return self._run(await self._of(run_id).call(self._stub.ResumeRun, request, timeout=CALL_SECONDS))
 
     async def evaluate(
         self,
@@ -122,8 +130,9 @@ class RunClient:
         fill_proto(request.config, settings.model_dump(mode="json"))
         streamed = pb.StreamEvaluateRequest(request=request)
         answer = pb.EvaluateResponse()
+        connection = self._of(run_id)
         try:
-            async with self._connection.stream(self._stub.StreamEvaluate, streamed, timeout=EVALUATE_SECONDS) as parts:
+            async with connection.stream(self._stub.StreamEvaluate, streamed, timeout=EVALUATE_SECONDS) as parts:
                 async for part in parts:
                     success = part.success if part.HasField("success") else None
                     on_progress(part.ended, part.total, success, part.protocol)
@@ -131,7 +140,7 @@ class RunClient:
         except CallFailed as error:
             if error.code != "UNIMPLEMENTED" or settings.protocols:
                 raise
-            answer = await self._connection.call(self._stub.Evaluate, request, timeout=EVALUATE_SECONDS)
+            answer = await connection.call(self._stub.Evaluate, request, timeout=EVALUATE_SECONDS)
         return self._connection.read(_evaluation, answer)
 
     async def experiences(self, run_id: str, step: int | None = None, limit: int = 10) -> list[Experience]:
@@ -141,6 +150,11 @@ class RunClient:
         return await self._connection.list_items(
             self._stub.ListExperiences, request, _experiences, timeout=CALL_SECONDS, limit=limit
         )
+
+    def _of(self, run_id: str) -> Connection:
+        """The connection, with the credential of the run if it is known."""
+        credential = self.credentials.get(run_id)
+        return self._connection.with_run_credential(credential) if credential else self._connection
 
     def _run(self, response: Any) -> RunInfo:
         return self._connection.read(lambda answer: _info(answer.run), response)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -15,7 +15,7 @@ from mulligan.common.channel import Endpoint, check_protection
 from mulligan.common.config import ClientTokenFile
 from mulligan.common.guarded import GuardedSettings
 from mulligan.common.run_credentials import OWN_SECONDS, RunGrant
-from mulligan.trainer.admission import RunAdmission
+from mulligan.trainer.admission import NamesInUse, RunAdmission
 from mulligan.trainer.learner.settings import LearnerServerSettings
 
 ServerAddress = Annotated[str, AfterValidator(one_server)]
@@ -151,11 +151,20 @@ class TrainerSettings(GuardedSettings):
             models_folder=self.models_folder,
         )
 
-    @property
-    def admission(self) -> RunAdmission:
-        """With another trainer's learner, the models are that trainer's."""
+    def admission(
+        self,
+        snapshot: Callable[[str], Awaitable[int]],
+        learner_ids: Callable[[], Awaitable[Collection[str]]],
+    ) -> RunAdmission:
+        """With another trainer's learner, models and checkpoints are that trainer's."""
+        own = not self.learner_address
         return RunAdmission(
-            self.guard, self.keys, self.credential_hours * 3600, not self.learner_address, self.models_folder
+            self.guard,
+            self.keys,
+            self.credential_hours * 3600,
+            checks_models=own,
+            models_folder=self.models_folder,
+            in_use=NamesInUse(snapshot, learner_ids, self.checkpoint_folder if own else None),
         )
 
     def run_credential(self, run_id: str, *scopes: str) -> Callable[[], str] | None:

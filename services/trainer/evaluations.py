@@ -11,6 +11,7 @@ from types import TracebackType
 import structlog
 
 from mulligan.common.tasks import cancel
+from mulligan.common.tracing import root_span
 from mulligan.trainer.activity import CurrentActivity
 from mulligan.trainer.evaluation import evaluate, measure
 from mulligan.trainer.events import EventLog
@@ -107,6 +108,14 @@ class Evaluations:
             self._beside.result()
 
     async def _measure(self, trained: int, missing: Sequence[tuple[int, str]]) -> None:
+        whole = root_span("run.evaluation", run_id=self._run_id, step=trained)
+        try:
+            with whole:
+                await self._measure_places(trained, missing)
+        finally:
+            whole.end()
+
+    async def _measure_places(self, trained: int, missing: Sequence[tuple[int, str]]) -> None:
         recall = await self._recall()
         for place, environment in missing:
             player = self._players[environment]

@@ -106,6 +106,14 @@ class EventLog:
                 return
             await self._changed.wait()
 
+    @property
+    def newest(self) -> tuple[StepEvent | None, EvaluationEvent | None]:
+        """The last step, and the last evaluation in the run's own environment."""
+        events = [entry.event for entry in reversed(self.entries)]
+        step = next((event for event in events if isinstance(event, StepEvent)), None)
+        own = (event for event in events if isinstance(event, EvaluationEvent) and not event.environment)
+        return step, next(own, None)
+
     def steps(self) -> dict[int, StepEvent]:
         return {entry.event.step: entry.event for entry in self.entries if isinstance(entry.event, StepEvent)}
 

@@ -19,7 +19,9 @@ from mulligan.common.inference import (
     StopReason,
 )
 from mulligan.common.rewards import reaches, total
+from mulligan.common.tasks import to_its_end
 from mulligan.common.thoughts import without_thoughts
+from mulligan.common.tracing import span
 from mulligan.common.types import EnvironmentInfo, Outcome
 from mulligan.trainer.conversation import Conversation, shown
 from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle, SamplingClient
@@ -115,7 +117,8 @@ class Harness:
         restarts = 0
         while True:
             episode_id = f"{blank.sample_id}-{self.incarnation}-{restarts}"
-            attempt = await self._play(replace(blank, episode_id=episode_id, restarts=restarts), plan)
+            with span("attempt", episode_id=episode_id):
+                attempt = await self._play(replace(blank, episode_id=episode_id, restarts=restarts), plan)
             if attempt.outcome.has_reward or restarts == self.max_restarts or never_fits(attempt):
                 return attempt
             restarts += 1
@@ -392,8 +395,8 @@ def _outcome_of(failure: DomainError | CallFailed, blame: Outcome) -> Outcome:
 
 
 async def _end(episode: EpisodeHandle) -> None:
-    """Ends an episode. One that cannot be reached expires by itself."""
+    """Ends an episode, also if the caller is cancelled meanwhile. One that cannot be reached expires by itself."""
     try:
-        await episode.end()
+        await to_its_end(episode.end())
     except (DomainError, CallFailed):
         return

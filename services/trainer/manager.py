@@ -17,7 +17,8 @@ from cachetools import LRUCache
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import make_folder
-from mulligan.common.tasks import cancel
+from mulligan.common.tasks import cancel, to_its_end
+from mulligan.common.tracing import untraced
 from mulligan.common.types import Split
 from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
 from mulligan.trainer.events import EvaluationEvent, StateEvent
@@ -29,6 +30,7 @@ from mulligan.trainer.preflight import check_environment, check_tasks, check_top
 from mulligan.trainer.recall import GLOBAL_SCOPE, newest
 from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
+from mulligan.trainer.run_metrics import run_ended
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from mulligan.trainer.trainable import prompt_notices
@@ -36,6 +38,12 @@ from mulligan.trainer.trainable import prompt_notices
 log = structlog.get_logger()
 _RECENT_EVENTS = 200_000  # of runs that are kept in memory; one has a few kilobytes
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_run_id(run_id: str) -> None:
+    """Raises INVALID_FIELD for what cannot be the id of a run."""
+    if not _RUN_ID.fullmatch(run_id):
+        raise invalid_field("run_id", "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit")
 
 
 class RunManager:
@@ -111,12 +119,16 @@ class RunManager:
         self._recent[run_id] = found  # it may have more events by now
         return found
 
+    @property
+    def active(self) -> Run | None:
+        """The run that trains, if one does."""
+        return self._runs.get(self._active_id) if self._is_active(self._active_id) else None
+
     def exists(self, run_id: str) -> bool:
         return bool(_RUN_ID.fullmatch(run_id)) and RunFolder(self._folder / run_id).exists
 
     def start(self, run_id: str, settings: RunSettings) -> Run:
-        if not _RUN_ID.fullmatch(run_id):
-            raise invalid_field("run_id", "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit")
+        check_run_id(run_id)
         folder = RunFolder(self._folder / run_id)
         if folder.exists:
             if folder.settings() != settings:
@@ -205,7 +217,7 @@ class RunManager:
                 await learner.load_checkpoint(checkpoint.name)
                 await (await self._services.actor(run.settings, learner, run.notice)).publish()
             finally:
-                await learner.close()
+                await to_its_end(learner.close())  # it holds a place; the caller may leave at this very moment
         finally:
             self._busy_with = ""
 
@@ -276,7 +288,7 @@ class RunManager:
         """Trains the run in a task. Its record must say RUNNING."""
         self._active_id = run.run_id
         run.events.tell(StateEvent(RunState.RUNNING))
-        self._active = asyncio.create_task(self._train(run), name=f"run {run.run_id}")
+        self._active = asyncio.create_task(self._train(run), name=f"run {run.run_id}", context=untraced())
 
     async def _train(self, run: Run) -> None:
         try:
@@ -294,6 +306,7 @@ class RunManager:
 
     def _end(self, run: Run, state: RunState, error: str = "") -> None:
         """Tells the watchers, and writes the state; if that fails, it is kept and written later."""
+        run_ended(state)
         self._unwritten[run.run_id] = run.record.now(state, error)
         self._unsynced[run.run_id] = run
         run.events.tell(StateEvent(state, error))

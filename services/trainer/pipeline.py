@@ -10,6 +10,7 @@ from types import TracebackType
 
 from mulligan.common.experience import Experience, Sample
 from mulligan.common.tasks import PrioritySlots, cancel
+from mulligan.common.tracing import Span, root_span
 from mulligan.trainer.folder import RunFolder
 from mulligan.trainer.journal import SamplingBegan, StepJournal, StepStarted, set_aside
 from mulligan.trainer.rounds import Chooser, SampledStep, sample_rounds
@@ -25,13 +26,14 @@ class TooStale(RuntimeError):
 @dataclass
 class StepSampling:
     """The sampling of one step. `runner` records into `journal`. `waited` is how long all sampling stood still before
-    this step could begin. Times are the event loop's, in seconds."""
+    this step could begin. Times are the event loop's, in seconds. `span` is that of the step, until it is trained."""
 
     step: int
     journal: StepJournal
     runner: StepRunner
     began: float
     waited: float
+    span: Span
     ended: float = 0.0
     task: asyncio.Task[SampledStep] | None = None
 
@@ -87,6 +89,7 @@ class Pipeline:
         await cancel(*(sampling.task for sampling in self._open.values()))
         for sampling in self._open.values():
             sampling.journal.close()
+            sampling.span.end()
             if isinstance(error, EnvironmentChanged) and not sampling.is_sampled:
                 set_aside(self._journals, sampling.step)
 
@@ -106,7 +109,13 @@ class Pipeline:
         waited = 0.0 if self._idle_since is None else now - self._idle_since
         self._idle_since = None
         runner = replace(self._runner, recorder=journal)
-        sampling = self._open[step] = StepSampling(step, journal, runner, now, waited)
+        span = root_span("run.step", run_id=runner.run_id, step=step)
+        sampling = self._open[step] = StepSampling(step, journal, runner, now, waited, span)
+        with span:
+            await self._start(sampling, trained)
+
+    async def _start(self, sampling: StepSampling, trained: int) -> None:
+        step, journal, runner = sampling.step, sampling.journal, sampling.runner
         if journal.started is None:
             task_ids, environments = self._chooser.named(choice := self._chooser.choose(step))
             memory_version = await runner.memory.snapshot(runner.memory_scope)
@@ -161,7 +170,9 @@ class Pipeline:
 
     def close(self, step: int) -> None:
         """The step was trained."""
-        self._open.pop(step).journal.close()
+        sampling = self._open.pop(step)
+        sampling.journal.close()
+        sampling.span.end()
 
     def staleness(self, step: int, experiences: Sequence[Experience]) -> dict[str, float]:
         """The metrics `staleness_mean` and `staleness_max` over the samples of the trained policy: how many steps the

@@ -17,16 +17,17 @@ from mulligan.common.disk import free_bytes
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import PolicyInfo
 from mulligan.common.tasks import PrioritySlots
+from mulligan.common.tracing import span
 from mulligan.trainer.activity import CurrentActivity
 from mulligan.trainer.evaluation import fit_protocols, open_writers
 from mulligan.trainer.evaluations import Evaluations
-from mulligan.trainer.events import EventLog, NoticeEvent, StepEvent
+from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.history import read_history, write_history
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from mulligan.trainer.journal import StepCompleted, journal_file, read_metrics
-from mulligan.trainer.pipeline import Pipeline
+from mulligan.trainer.pipeline import Pipeline, StepSampling
 from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import (
     check_actor,
@@ -41,6 +42,7 @@ from mulligan.trainer.preflight import (
 from mulligan.trainer.recall import newest, scope_of
 from mulligan.trainer.rounds import Chooser
 from mulligan.trainer.run_environment import RunEnvironments, RunTasks
+from mulligan.trainer.run_metrics import step_ended
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy, ServedPolicy
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
@@ -167,6 +169,15 @@ class Run:
     @property
     def train_seconds(self) -> float:
         return sum(event.metrics.get("seconds", 0.0) for event in self.events.steps().values())
+
+    @property
+    def last_step(self) -> int:
+        return self.settings.steps
+
+    @property
+    def newest(self) -> tuple[StepEvent | None, EvaluationEvent | None]:
+        """The last step, and the last evaluation in the run's own environment."""
+        return self.events.newest
 
     @property
     def stopped(self) -> bool:
@@ -353,6 +364,12 @@ class Run:
         start = _clock()
         await pipeline.admit(self.step)
         sampling = pipeline.sampling(self.step)
+        with sampling.span:
+            await self._train_step(policy, pipeline, sampling, start)
+
+    async def _train_step(
+        self, policy: PublishedPolicy | ServedPolicy, pipeline: Pipeline, sampling: StepSampling, start: float
+    ) -> None:
         journal = sampling.journal
         runner = sampling.runner
         chains = self.settings.rollout.tasks_per_step * self.settings.rollout.rollouts_per_task
@@ -367,11 +384,14 @@ class Run:
         if self.settings.trains:
             minibatches = self.settings.algorithm.optimizer_steps
             self.activity.begin("learning", lambda: (runner.minibatches_learned, minibatches))
-            metrics |= await runner.learn(self.step, step.kept)
+            with span("learn"):
+                metrics |= await runner.learn(self.step, step.kept)
             self._notice_once(drop_notices(metrics))
         learned = _clock()
-        await self._publish(policy)
-        await runner.memorise(step.kept, step.replaced, rewrites=journal.completed is None)
+        with span("publish"):
+            await self._publish(policy)
+        with span("memorise"):
+            await runner.memorise(step.kept, step.replaced, rewrites=journal.completed is None)
         metrics |= {
             "policy_version": float(policy.version),
             "seconds": _clock() - start,
@@ -391,6 +411,7 @@ class Run:
         pipeline.close(self.step)
         write_history(self.folder, self.step, step.rounds)
         if self.step not in self.events.steps():
+            step_ended(metrics)
             self.events.add(StepEvent(self.step, metrics))
         self.step += 1
 

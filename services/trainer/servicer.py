@@ -17,7 +17,7 @@ from mulligan.trainer.activity import Activity
 from mulligan.trainer.admission import RunAdmission
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
-from mulligan.trainer.manager import RunManager
+from mulligan.trainer.manager import RunManager, check_run_id
 from mulligan.trainer.metrics import EvaluationProgress
 from mulligan.trainer.run import Run
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
@@ -45,17 +45,21 @@ def add_to_server(server: grpc.aio.Server, manager: RunManager, admission: RunAd
 
 
 class RunServicer(run_service_pb2_grpc.RunServiceServicer):
-    """The runs of a trainer, over gRPC: converts messages and calls the `RunManager`."""
+    """The runs of a trainer, over gRPC: converts messages and calls the `RunManager`.
+
+    Whoever may look sees all runs. What acts upon a run needs its credential, as far as the guard asks for any."""
 
     def __init__(self, manager: RunManager, admission: RunAdmission | None = None):
         self._manager = manager
         self._admission = admission or RunAdmission()
+        self._guard = self._admission.guard
 
     async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:
         settings = settings_from_proto(request.config)
-        new = not self._manager.exists(request.run_id)
-        if new:
-            self._admission.check(context, request.run_id, settings)
+        check_run_id(request.run_id)  # before anything is looked up by it
+        if not self._manager.exists(request.run_id):
+            await self._admission.check(context, request.run_id, settings)
+        new = not self._manager.exists(request.run_id)  # looked again: another call may have started it meanwhile
         run = self._manager.start(request.run_id, settings)
         credential = self._admission.credential(context, run.run_id, run.settings, new=new)
         return pb.StartRunResponse(run=self._message(run), credential=credential)
@@ -83,14 +87,16 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
             yield pb.WatchRunResponse(event=entry_to_proto(entry))
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
+        self._guard.check_run(context, request.run_id)
         return pb.StopRunResponse(run=self._message(self._manager.stop(request.run_id)))
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
+        self._guard.check_run(context, request.run_id)
         run = await self._manager.resume(request.run_id, accept_environment=request.accept_environment)
         return pb.ResumeRunResponse(run=self._message(run))
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
-        return await self._evaluate(request)
+        return await self._evaluate(request, context)
 
     async def StreamEvaluate(
         self, request: pb.StreamEvaluateRequest, context: Context
@@ -107,7 +113,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
                 state.success = progress.success
             changed.set()
 
-        evaluation = asyncio.ensure_future(self._evaluate(request.request, tell))
+        evaluation = asyncio.ensure_future(self._evaluate(request.request, context, tell))
         evaluation.add_done_callback(lambda _: changed.set())
         try:
             while not evaluation.done():
@@ -121,8 +127,13 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
             await cancel(evaluation)
 
     async def _evaluate(
-        self, request: pb.EvaluateRequest, tell: Callable[[EvaluationProgress], None] = lambda progress: None
+        self,
+        request: pb.EvaluateRequest,
+        context: Context,
+        tell: Callable[[EvaluationProgress], None] = lambda progress: None,
     ) -> pb.EvaluateResponse:
+        if request.run_id:  # its learner is opened, and its weights are served
+            self._guard.check_run(context, request.run_id)
         rollout = (
             RolloutSettings(max_tokens=request.max_tokens) if request.HasField("max_tokens") else RolloutSettings()
         )

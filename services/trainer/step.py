@@ -15,6 +15,7 @@ from mulligan.common.experience import Experience, Sample
 from mulligan.common.reflections import MAX_TEXT_BYTES, Labels, Provenance, ReflectionKind, UseOutcome
 from mulligan.common.rewards import differ, reaches
 from mulligan.common.tasks import PrioritySlots, gather_or_cancel
+from mulligan.common.tracing import span
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.document import RewrittenDocument, best_of
@@ -135,7 +136,7 @@ class StepRunner:
     async def _play(self, member: Member[AlgorithmSettings]) -> Experience:
         try:
             async with member.slots.held(member.step):
-                with self._blame():
+                with self._blame(), span("experience", experience_id=member.experience_id):
                     await self.algorithm.play(member)
         finally:
             member.ended()

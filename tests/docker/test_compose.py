@@ -14,7 +14,14 @@ from tests.support.found import require_docker
 from tests.support.paths import ROOT
 
 OURS = ("env", "policy", "memory", "trainer")
-FILES = ("compose.yaml", "compose.gpu.yaml", "compose.scale.yaml", "compose.postgres.yaml", "compose.env.yaml")
+FILES = (
+    "compose.yaml",
+    "compose.gpu.yaml",
+    "compose.scale.yaml",
+    "compose.postgres.yaml",
+    "compose.env.yaml",
+    "compose.observe.yaml",
+)
 
 
 def compose(*files: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +46,8 @@ def configuration(*files: str) -> dict[str, Any]:
 
 
 @pytest.fixture(
-    params=[FILES[:1], *((FILES[0], over) for over in FILES[1:])], ids=["cpu", "gpu", "scale", "postgres", "env"]
+    params=[FILES[:1], *((FILES[0], over) for over in FILES[1:])],
+    ids=["cpu", "gpu", "scale", "postgres", "env", "observe"],
 )
 def services(request: pytest.FixtureRequest) -> dict[str, Any]:
     read: dict[str, Any] = configuration(*request.param)["services"]
@@ -95,18 +103,21 @@ def test_env_has_tokens_of_its_own(services: dict[str, Any]) -> None:
 
 
 def test_all_speak_tls_each_with_a_key_of_its_own(services: dict[str, Any]) -> None:
-    """`insecure` is nowhere; probes and the trainer trust the authority, whose key is with `certs` alone."""
+    """`insecure` is nowhere but between the policy and SGLang, which speaks no TLS. Probes and the trainer trust the
+    authority, whose key is with `certs` alone."""
     made = {volume["target"]: volume["source"] for volume in services["certs"]["volumes"]}
     for name in OURS:
         environment = services[name]["environment"]
         assert environment[f"MULLIGAN_{name.upper()}_TLS_CERTIFICATE"] == "/run/tls/tls.crt"
         assert environment[f"MULLIGAN_{name.upper()}_TLS_KEY"] == "/run/tls/tls.key"
         assert environment["MULLIGAN_HEALTHCHECK_TLS_CA"] == "/run/tls/ca.crt"
-        assert not [variable for variable in environment if "INSECURE" in variable]
+        allowed = {"MULLIGAN_POLICY_SGLANG__INSECURE"} if "sglang" in services and name == "policy" else set()
+        assert {variable for variable in environment if "INSECURE" in variable} == allowed
         (volume,) = [volume for volume in services[name]["volumes"] if volume["target"] == "/run/tls"]
         assert volume["read_only"] and made[f"/run/certs/services/{name}"] == volume["source"]
         assert services[name]["depends_on"]["certs"]["condition"] == "service_completed_successfully"
-    assert len(set(made.values())) == len(OURS) + 1
+    of_ours = {source for target, source in made.items() if not target.startswith("/run/certs/others/")}
+    assert len(of_ours) == len(OURS) + 1 and len(set(made.values())) == len(made)
     used = [volume.get("source") for name in services for volume in services[name].get("volumes", [])]
     assert used.count(made["/run/certs"]) == 1
     trainer = services["trainer"]["environment"]
@@ -127,12 +138,22 @@ def networks(services: dict[str, Any]) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("over", FILES[:1] + FILES[1:4])
 def test_env_reaches_the_trainer_alone(over: str) -> None:
-    """Their network leads nowhere else. So it has no port, either: an engine opens none of such a network."""
+    """Their network leads nowhere else. So it has no port, either: an engine opens none of such a network. What env has
+    counts for nothing at the trainer's port: it has other tokens, and the trainer asks for one."""
     read = configuration(*dict.fromkeys((FILES[0], over)))
     found = networks(read["services"])
     assert found["env"] == {"env"} and read["networks"]["env"]["internal"]
     assert {name for name in found if found[name] & found["env"]} == {"env", "trainer"}
     assert "default" in found["trainer"] and not read["services"]["env"].get("ports")
+    places = {
+        name: {
+            volume["source"]
+            for volume in read["services"][name]["volumes"]
+            if volume["target"] == read["services"][name]["environment"][f"MULLIGAN_{name.upper()}_TOKENS_FOLDER"]
+        }
+        for name in ("env", "trainer")
+    }
+    assert places["env"] and places["trainer"] and places["env"].isdisjoint(places["trainer"])
 
 
 def test_a_file_of_its_own_opens_env_to_this_machine_and_to_others() -> None:
@@ -157,6 +178,10 @@ def test_the_policy_alone_reaches_the_engine_and_needs_its_key() -> None:
             "engine-key"
         ]
     assert not [word for word in engine["command"] if "api-key" in word]
+    assert "--load-format=safetensors" in engine["command"]
+    # Without `insecure` the policy would refuse to send the key without TLS, which SGLang does not speak.
+    assert policy["environment"]["MULLIGAN_POLICY_SGLANG__SERVERS"] == '["http://sglang:30000"]'
+    assert policy["environment"]["MULLIGAN_POLICY_SGLANG__INSECURE"] == "true"
 
 
 def test_a_replica_shares_no_state_and_no_port() -> None:

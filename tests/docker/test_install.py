@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,9 +34,9 @@ class Index:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def add(self, name: str, version: str, tag: str = "py3-none-any") -> None:
+    def add(self, name: str, version: str, tag: str = "py3-none-any", needs: Sequence[str] = ()) -> None:
         (self.folder / name).mkdir(exist_ok=True)
-        wheel(self.folder / name, name, version, tag)
+        wheel(self.folder / name, name, version, tag, needs)
 
     def close(self) -> None:
         self._server.shutdown()
@@ -56,11 +56,12 @@ class _Handler(SimpleHTTPRequestHandler):
         """Says nothing."""
 
 
-def wheel(folder: Path, name: str, version: str, tag: str = "py3-none-any") -> None:
+def wheel(folder: Path, name: str, version: str, tag: str = "py3-none-any", needs: Sequence[str] = ()) -> None:
     about = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(folder / f"{name}-{version}-{tag}.whl", "w") as archive:
         archive.writestr(f"{name}.py", f"__version__ = {version!r}\n")
-        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        required = "".join(f"Requires-Dist: {need}\n" for need in needs)
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{required}")
         archive.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
         archive.writestr(f"{about}/RECORD", "")
 
@@ -208,8 +209,32 @@ def test_a_file_with_another_hash_is_refused(build: Build) -> None:
     assert "HASH" in done.stderr.upper(), done.stderr
 
 
-def test_what_the_lock_lacks_is_named(build: Build) -> None:
+def test_what_the_lock_lacks_is_refused(build: Build) -> None:
     build.own.add("extra", "2.0")
-    done = build.install("numpy", "extra")
-    assert done.returncode == 0 and build.installed("extra") == "2.0", done.stderr
-    assert done.stdout == "without a hash, at the version alone: extra==2.0 \n"
+    build.own.add("other", "3.0", needs=("extra",))
+    for wanted, missing in (("extra", "extra==2.0"), ("other", "extra==2.0, other==3.0")):
+        done = build.install("numpy", wanted)
+        assert done.returncode != 0 and build.installed("numpy") == build.installed("extra") == ""
+        assert f"requirements.lock has no hash of {missing}:" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_torch_alone_brings_may_lack_a_hash(build: Build, before: bool) -> None:
+    """Its builds for GPUs bring packages of their own, also where torch itself was installed before."""
+    source = build.torch if before else build.own
+    (build.own.folder / "torch" / f"torch-{VERSION}-py3-none-any.whl").unlink()
+    source.add("torch", VERSION, needs=("gpu-library>=1", "numpy", 'extra; extra == "more"'))
+    build.own.add("gpu_library", "12.1", needs=("gpu-kernels",))
+    build.own.add("gpu_kernels", "7")
+    (build.own.folder / "gpu_library").rename(build.own.folder / "gpu-library")
+    (build.own.folder / "gpu_kernels").rename(build.own.folder / "gpu-kernels")
+    done = build.install("torch", "numpy", index=build.torch.url if before else "")
+    assert done.returncode == 0, done.stderr
+    told = next(line for line in done.stdout.splitlines() if line.startswith("without a hash"))
+    assert set(told.partition(": ")[2].split()) == {"gpu-library==12.1", "gpu-kernels==7"} | (
+        set() if before else {f"torch=={VERSION}"}
+    )
+    assert build.installed("gpu_kernels") == "7" and build.installed("numpy") == "1.0"
+    build.own.add("extra", "2.0")
+    refused = build.install("torch", "extra", index=build.torch.url if before else "")
+    assert refused.returncode != 0 and "no hash of extra==2.0" in refused.stderr, "of torch, but not what it brings"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from urllib.request import urlopen
 
 import grpc
 import pytest
@@ -14,7 +15,8 @@ from mulligan.cli.local_tokens import LocalTokens, find_tokens
 from mulligan.common.access import ACCESS, AccessRole
 from mulligan.common.config import SERVICES
 from mulligan.common.tokens import bearer
-from tests.support.wheel import Installed, install, up
+from tests.support.console import started
+from tests.support.wheel import Installed, install, surroundings, up
 
 THEIRS = ("services", "models", "buf", "recipes", "tests")  # packages of a user
 ENVIRONMENT = """
@@ -90,6 +92,13 @@ def test_the_demo_runs_in_an_empty_folder(installed: Installed) -> None:
     assert "success on the test tasks" in told
     assert (installed.folder / "runs" / "demo" / "runs" / "demo-1" / "chart.png").exists()
     assert "─── first: " in installed.mulligan("experiences", "runs/demo/runs/demo-1", "--step", "0")
+
+
+def test_the_recording_is_shown_from_an_empty_folder(installed: Installed) -> None:
+    command = [str(installed.python.with_name("mulligan")), "ui", "--demo", "--port", "0"]
+    with started(command, surroundings(), installed.folder) as address, urlopen(address, timeout=60) as answer:
+        text = answer.read().decode()
+    assert "This is a recording" in text and 'href="/runs/erl"' in text
 
 
 SETTINGS = """

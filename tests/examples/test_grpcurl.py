@@ -77,3 +77,23 @@ def test_a_variable_wins_over_the_token_that_is_found(loop: Loop) -> None:
     result = run(loop, "MULLIGAN_CLI_TOKEN=guess call 127.0.0.1:50051 mulligan.env.v1.EnvService/ListEnvironments {}")
     assert result.returncode != 0
     assert '"unauthenticated"' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "variables", "goes"),
+    [
+        ("127.0.0.1:50051", {}, True),
+        ("localhost:50051", {}, True),
+        ("[::1]:50051", {}, True),
+        ("192.0.2.1:50051", {}, False),
+        ("127.0.0.1.example.org:50051", {}, False),
+        ("192.0.2.1:50051", {"MULLIGAN_CLI_INSECURE": "true"}, True),
+    ],
+)
+def test_a_token_goes_to_no_other_machine_unencrypted(address: str, variables: dict[str, str], goes: bool) -> None:
+    # In place of the program that would send it: what it would be given.
+    script = "\n".join([FUNCTIONS[1], f'sent=$(token "{address}") && echo "sent $sent"'])
+    environment = {**os.environ, "MULLIGAN_CLI_TOKEN": "mine", **variables}
+    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode == 0, result.stdout) == (goes, "sent mine\n" if goes else "")
+    assert ("would cross the network without TLS" in result.stderr) is not goes and "mine" not in result.stderr

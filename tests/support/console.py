@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -23,7 +23,23 @@ def console(folder: Path, cache: Path, *options: str, **variables: str) -> Itera
     """`mulligan ui FOLDER`. Its address."""
     environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS, "XDG_CACHE_HOME": str(cache), **variables}
     command = [sys.executable, "-m", "mulligan.cli", "ui", str(folder), "--port", "0", *options]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, environment) as address:
+        yield address
+
+
+@contextmanager
+def demo_console(temporary: Path, *options: str) -> Iterator[str]:
+    """`mulligan ui --demo`, with a folder for temporary files, in which it works. Its address."""
+    away = {"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(temporary / "cache")}
+    command = [sys.executable, "-m", "mulligan.cli", "ui", "--demo", "--port", "0", *options]
+    with started(command, {**os.environ, "PYTHONPATH": IMPORT_ROOTS, **away}, temporary) as address:
+        yield address
+
+
+@contextmanager
+def started(command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None) -> Iterator[str]:
+    """The address of the console that a command starts."""
+    with subprocess.Popen(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             yield _address(process.stderr)

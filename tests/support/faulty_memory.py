@@ -214,6 +214,12 @@ class RevisesAgain(_Revise):
         request.request_id = str(uuid4())
 
 
+class TakesAnotherChange(_Revise):
+    title = "a repeated call with another change is ALREADY_EXISTS REQUEST_CONFLICT"
+    error = "REQUEST_CONFLICT"
+    instead = pb.ReviseReflectionResponse(revision=2, version=2)
+
+
 class SilentConflicts(_Revise):
     title = "a revision that is not the newest is ABORTED REVISION_CONFLICT, with the newest"
     error = "REVISION_CONFLICT"

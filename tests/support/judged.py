@@ -1,4 +1,5 @@
-"""The four services in the test's own process, over real gRPC with tokens, and their calls as the judge sees them.
+"""The four services in the test's own process, over real gRPC with tokens and credentials of runs, and their calls as
+the judge sees them.
 
 What kills processes, fills disks and moves clocks is in `mulligan.testing.judge.cluster`.
 """
@@ -9,7 +10,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from mulligan.common.access import AccessRole
 from mulligan.common.channel import Endpoint
+from mulligan.common.run_credentials import OWN_SECONDS, RunGrant, RunGuard, RunKeys
 from mulligan.common.server import RequestInterceptor
 from mulligan.common.tokens import KnownTokens
 from mulligan.env import replicas as env_replicas
@@ -36,20 +38,23 @@ from mulligan.policy.policies import Policies
 from mulligan.testing.judge import history, recorder
 from mulligan.testing.judge.final import collect
 from mulligan.testing.judge.history import BrokenRule, RecordedCall
+from mulligan.testing.judge.intruders import Intruders
 from mulligan.testing.judge.network import CallFaults, FaultyCalls
 from mulligan.testing.judge.state import Final
 from mulligan.testing.judge.strangers import Strangers
 from mulligan.testing.judge.trial import judged_run
 from mulligan.testing.judge.verdict import judge
 from mulligan.trainer import servicer as run_servicer
+from mulligan.trainer.admission import RunAdmission
 from mulligan.trainer.client import RunClient
-from mulligan.trainer.interfaces import LearnerPort
+from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.learner import servicer as learner_servicer
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import ServicePorts
 from mulligan.trainer.settings import RunSettings
+from tests.support.run_keys import write_keys
 from tests.support.tokens import token_of, write_tokens
 
 RUN_SECONDS = 60.0
@@ -140,10 +145,11 @@ async def world(folder: Path, seed: int = 0, faults: CallFaults = FAULTS) -> Asy
         policy = await services.serve(lambda server: policy_servicer.add_to_server(server, policies))
         store = await sqlite.open(str(folder / "memory.sqlite"), sqlite.Settings())
         stack.push_async_callback(store.close)
-        memory = await services.serve(lambda server: memory_servicer.add_to_server(server, store))
+        guard = services.guard
+        memory = await services.serve(lambda server: memory_servicer.add_to_server(server, store, guard=guard))
         trainer = await services.train(env, policy, memory)
         clients = (
-            RunClient(services.direct(trainer)),
+            RunClient(replace(services.direct(trainer), run_credential=services.credential_of("judged"))),
             PolicyClient(services.direct(policy)),
             MemoryClient(services.direct(memory)),
         )
@@ -151,7 +157,8 @@ async def world(folder: Path, seed: int = 0, faults: CallFaults = FAULTS) -> Asy
             stack.push_async_callback(client.close)
         names = {services.targets[address]: served for address, served in services.served.items()}
         tokens: dict[AccessRole, str] = {role: token_of(role) for role in AccessRole if role is not AccessRole.ADMIN}
-        strangers = Strangers(names, tokens, recording, chance, pause=0.02)
+        intruders = Intruders("judged", token_of(AccessRole.TRAINER), services.keys, chance)
+        strangers = Strangers(names, tokens, recording, chance, intruders, pause=0.02)
         yield World(folder, table, services.networks, clients, environments, strangers)
 
 
@@ -166,6 +173,12 @@ class _Services:
         self.networks: list[FaultyCalls] = []
         self.targets: dict[str, str] = {}  # of the servers, by the addresses of their networks
         self.served: dict[str, list[str]] = {}
+        self.keys = RunKeys(write_keys(folder)[0])
+        self.tokens = KnownTokens(folder / "tokens")
+        self.guard = RunGuard(self.keys, self.tokens)
+
+    def credential_of(self, run_id: str) -> Callable[[], str]:
+        return lambda: self.keys.sign(RunGrant(run_id, (run_id,)), OWN_SECONDS)
 
     def direct(self, address: str) -> Endpoint:
         return Endpoint(self.targets[address], token=token_of(AccessRole.TRAINER), outage_seconds=10)
@@ -175,7 +188,7 @@ class _Services:
 
     async def serve(self, add: Callable[[grpc.aio.Server], list[str]]) -> str:
         """The address of the network."""
-        server = grpc.aio.server(interceptors=[RequestInterceptor(KnownTokens(self._folder / "tokens"))])
+        server = grpc.aio.server(interceptors=[RequestInterceptor(self.tokens)])
         served = add(server)
         target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
@@ -196,17 +209,23 @@ class _Services:
 
         async def open_learner(run_id: str, settings: RunSettings) -> LearnerPort:
             spec = LearnerSpec(settings.model, settings.optimizer, settings.seed)
-            return await LearnerClient.create(self.endpoint(own), run_id, run_id, spec, notice)
+            endpoint = replace(self.endpoint(own), run_credential=self.credential_of(run_id))
+            return await LearnerClient.create(endpoint, run_id, run_id, spec, notice)
 
+        def memory_of(run_id: str, scope: str) -> MemoryPort:
+            return memory_client.with_run_credential(self.credential_of(run_id))
+
+        memory_client = MemoryClient(self.endpoint(memory), on_outage=notice)
         ports = ServicePorts(
             env_replicas.connect(self.endpoint(env), lost_seconds=1.0, on_outage=notice),
             policy_replicas.connect(self.endpoint(policy), on_outage=notice),
-            MemoryClient(self.endpoint(memory), on_outage=notice),
+            memory_client,
             open_learner,
+            memory_of=memory_of,
         )
         manager = RunManager(self._folder / "runs", ports)
         settings = LearnerServerSettings(self._folder / "weights", self._folder / "checkpoints", threads=1)
-        learners = learner_servicer.LearnerServicer(settings)
+        learners = learner_servicer.LearnerServicer(settings, guard=self.guard)
         for port in (ports.environment, ports.policy, ports.memory):
             self._stack.push_async_callback(port.close)  # type: ignore[union-attr]
         self._stack.push_async_callback(learners.close)
@@ -214,7 +233,7 @@ class _Services:
 
         def add(server: grpc.aio.Server) -> list[str]:
             return [
-                *run_servicer.add_to_server(server, manager),
+                *run_servicer.add_to_server(server, manager, RunAdmission(self.guard, self.keys)),
                 *learner_servicer.add_to_server(server, learners),
             ]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 import tomllib
-from importlib.metadata import requires
+from importlib.metadata import distributions, requires
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.support.made import installed
 from tests.support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -72,6 +76,48 @@ def test_each_pinned_package_but_torch_is_locked_by_hash() -> None:
     pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
     assert locked == {name: version for name, version in pinned.items() if name != "torch"}
     assert all(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", block) for block in blocks)
+
+
+@pytest.mark.parametrize(
+    ("pins", "lock", "brings_along"),
+    [
+        ("requirements-tools.txt", "requirements-tools.lock", True),
+        ("benchmarks/openenv/requirements.txt", "benchmarks/openenv/requirements.lock", False),
+    ],
+)
+def test_what_has_an_environment_of_its_own_is_locked_by_hash(pins: str, lock: str, brings_along: bool) -> None:
+    lines = [line for line in (ROOT / pins).read_text().splitlines() if line and not line.startswith("#")]
+    blocks = re.split(r"\n(?=[a-zA-Z0-9])", (ROOT / lock).read_text())[1:]
+    locked = {canonicalize_name(block.split("==")[0]): block.split()[0].split("==")[1] for block in blocks}
+    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    assert pinned.items() <= locked.items() and (brings_along or pinned == locked)
+    assert all(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", block) for block in blocks)
+
+
+def test_all_that_is_installed_is_checked_by_hash() -> None:
+    """But for torch and the project itself: pip gets `--require-hashes`, npm a lock file, which it does not change."""
+    for file in ("Makefile", "docker/install.sh"):
+        for line in (ROOT / file).read_text().replace("\\\n", " ").splitlines():
+            if re.search(r"\b(pip|npm) (-\S+ )*(install|ci)\b", line) and not line.lstrip().startswith(("#", "echo")):
+                allowed = ("--require-hashes", "npm ci", "--editable '.[dev]'", '$venv/bin/python" install')
+                assert any(word in line for word in allowed), f"{file}: {line}"
+    lock = json.loads((ROOT / "proto/lint/package-lock.json").read_text())["packages"]
+    wanted = json.loads((ROOT / "proto/lint/package.json").read_text())["devDependencies"]
+    assert {name: lock[f"node_modules/{name}"]["version"] for name in wanted} == wanted
+    assert all(found["integrity"].startswith("sha512-") for name, found in lock.items() if name)
+
+
+def test_the_list_of_what_is_installed_has_every_pin() -> None:
+    """What `make sbom` writes, by CycloneDX's own tool, where `make lock` or `make sbom` has installed it."""
+    program = installed("CYCLONEDX", "sbom")
+    written = subprocess.run(
+        [program, "environment", "--output-reproducible", sys.executable], capture_output=True, check=True
+    ).stdout
+    listed = {canonicalize_name(one["name"]): one["version"] for one in json.loads(written)["components"]}
+    here = {canonicalize_name(found.metadata["Name"]): found.version for found in distributions()}
+    present = {name: here[name] for name in PINNED if name in here}
+    assert len(present) > 0.9 * len(PINNED), "`make install` installs all pins"
+    assert {name: version for name, version in present.items() if listed.get(name) != version} == {}
 
 
 def test_no_second_index_is_asked_for_packages() -> None:

@@ -1,6 +1,7 @@
 /** Channels, deadlines and credentials; unary calls as promises. */
 
 import { readFileSync } from "node:fs";
+import { isIPv4 } from "node:net";
 import { homedir, hostname } from "node:os";
 import { join } from "node:path";
 
@@ -11,6 +12,8 @@ export interface Options {
   token?: string;
   /** File with the certificate authority of a server with TLS; without it the connection is not encrypted. */
   ca?: string;
+  /** Lets the token go to another machine without TLS, where others could read it on its way. */
+  insecure?: boolean;
 }
 
 const CALL_SECONDS = 60;
@@ -35,10 +38,19 @@ const RETRIES = JSON.stringify({
 export function connect<Client extends grpc.Client>(
   Service: new (...parameters: ConstructorParameters<typeof grpc.Client>) => Client,
   address: string,
-  { token = localToken(address), ca }: Options = {},
+  { token = localToken(address), ca, insecure = false }: Options = {},
 ): Client {
+  if (token && !ca && !insecure && !isLocal(address)) {
+    throw new Error(`the token for ${address} would cross the network without TLS: expected --ca FILE, or --insecure`);
+  }
   const credentials = ca ? grpc.credentials.createSsl(readFileSync(ca)) : grpc.credentials.createInsecure();
   return new Service(address, credentials, { interceptors: [prepare(token)], "grpc.service_config": RETRIES });
+}
+
+/** Whether only this machine can be at the address. */
+function isLocal(address: string): boolean {
+  const host = address.slice(0, address.lastIndexOf(":"));
+  return host === "localhost" || host === "[::1]" || (isIPv4(host) && host.startsWith("127."));
 }
 
 /**

@@ -15,7 +15,8 @@ const USAGE = `usage: npm run client -- COMMAND [FLAGS]
   stream  stream a completion  --prompt TEXT --temperature T --max-tokens N
   train   start a run, watch   --run-id ID --environment NAME --steps N
 
-where the services are: --env, --policy, --trainer HOST:PORT, or MULLIGAN_CLI_ENV, …; --ca FILE for TLS
+where the services are: --env, --policy, --trainer HOST:PORT, or MULLIGAN_CLI_ENV, …; --ca FILE for TLS,
+without which the token goes to no other machine, unless --insecure allows it
 their token: MULLIGAN_CLI_TOKEN (a flag would show in the process list); that of your own mulligan up is found`;
 
 const { MULLIGAN_CLI_ENV, MULLIGAN_CLI_POLICY, MULLIGAN_CLI_TRAINER, MULLIGAN_CLI_TOKEN } = process.env;
@@ -25,6 +26,7 @@ const OPTIONS = {
   policy: { type: "string", default: MULLIGAN_CLI_POLICY ?? "127.0.0.1:50052" },
   trainer: { type: "string", default: MULLIGAN_CLI_TRAINER ?? "127.0.0.1:50054" },
   ca: { type: "string" },
+  insecure: { type: "boolean", default: false },
   environment: { type: "string", default: "frozenlake-3x3" },
   task: { type: "string" },
   prompt: { type: "string", default: "Hello" },
@@ -38,7 +40,7 @@ async function main(): Promise<number> {
   const { values: flags, positionals } = parseArgs({ options: OPTIONS, allowPositionals: true });
   const { environment, task } = flags;
   const sampling = { temperature: Number(flags.temperature), maxTokens: Number(flags["max-tokens"]) };
-  const security = { token: MULLIGAN_CLI_TOKEN, ca: flags.ca };
+  const security = { token: MULLIGAN_CLI_TOKEN, ca: flags.ca, insecure: flags.insecure };
   const env = connect(mulligan.env.v1.EnvService, flags.env, security);
   const policy = connect(mulligan.policy.v1.PolicyService, flags.policy, security);
   const trainer = connect(mulligan.trainer.v1.RunService, flags.trainer, security);

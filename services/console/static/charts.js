@@ -10,6 +10,9 @@ const figures = page ? [...page.querySelectorAll("[data-metrics]")] : [];
 const points = new Map(); // "run metric" → Map of step → value
 const cursors = Object.fromEntries(runs.map((run) => [run, 0]));
 const plots = new Map(); // figure → uPlot
+const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]]; // with several runs, of a chart's metrics
+const smoothing = document.getElementById("smooth");
+if (smoothing) smoothing.checked = localStorage.getItem("smooth") !== "no";
 
 const metricsOf = (figure) => JSON.parse(figure.dataset.metrics);
 const key = (run, metric) => `${run} ${metric}`;
@@ -37,12 +40,29 @@ function take(found) {
 
 // Series of a chart: with one run the metrics have the colours, with several the runs have.
 function seriesOf(figure) {
-  return runs.flatMap((run, r) => metricsOf(figure).map((metric, m) => ({ run, metric, color: (runs.length > 1 ? r : m) % COLORS })));
+  return runs.flatMap((run, r) => metricsOf(figure).map((metric, m) => ({ run, metric, color: (runs.length > 1 ? r : m) % COLORS, dash: runs.length > 1 ? DASHES[m % DASHES.length] : [] })));
+}
+
+const isEvaluation = (metric) => metric.includes("evaluation/");
+
+// Series with a value at most steps are smoothed; of the others each point is shown.
+const isSmoothed = (metric, values) => Boolean(smoothing?.checked) && !isEvaluation(metric) && values.filter((value) => value != null).length > values.length / 2;
+
+// The mean of the points until each, of which later ones count more: half as much every fiftieth of the series.
+function smooth(values) {
+  const kept = 0.5 ** (50 / Math.max(values.length, 1));
+  let sum = 0, weight = 0;
+  return values.map((value) => {
+    if (value == null) return null;
+    sum = kept * sum + value; weight = kept * weight + 1;
+    return sum / weight;
+  });
 }
 
 function dataOf(shown) {
   const steps = [...new Set(shown.flatMap(({ run, metric }) => [...(points.get(key(run, metric))?.keys() ?? [])]))].sort((a, b) => a - b);
-  return [steps, ...shown.map(({ run, metric }) => { const known = points.get(key(run, metric)); return steps.map((step) => known?.get(step) ?? null); })];
+  const raw = shown.map(({ run, metric }) => { const known = points.get(key(run, metric)); return steps.map((step) => known?.get(step) ?? null); });
+  return [steps, ...raw, ...shown.flatMap((one, place) => (one.smoothed ? [smooth(raw[place])] : []))];
 }
 
 const small = (tick) => tick !== 0 && Math.abs(tick) < 1e-3;
@@ -55,21 +75,26 @@ function heights(low, high, top) {
 }
 
 function draw(figure) {
-  const shown = seriesOf(figure);
-  const data = dataOf(shown);
+  const shown = figure.shown ?? seriesOf(figure);
   const known = plots.get(figure);
-  if (known) { known.setData(data); return; }
+  if (known) { known.setData(dataOf(shown)); return; }
+  dataOf(shown).slice(1).forEach((values, place) => { shown[place].smoothed = isSmoothed(shown[place].metric, values); });
+  figure.shown = shown;
   const place = figure.querySelector(".plot");
   const axis = { stroke: style("--faint"), grid: { stroke: style("--line"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
   const top = figure.dataset.top;
   const plot = new uPlot({
-    width: place.clientWidth, height: 190, legend: { show: false }, padding: [8, 8, 0, 0],
+    width: place.clientWidth, height: 190, legend: { show: false }, padding: [8, 16, 0, 0],
     scales: { x: { time: false }, y: { range: (_, low, high) => heights(low, high, top) } },
     axes: [{ ...axis, size: 26, incrs: STEPS }, { ...axis, size: 54, values: (_, ticks) => ticks.map((tick) => Number(tick.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3, notation: small(tick) ? "scientific" : "standard" })) }],
-    cursor: { points: { size: 6 }, drag: { x: true, y: false } },
-    series: [{}, ...shown.map(({ metric, color }) => ({ label: metric, stroke: style(`--s${color}`), width: 1.6, spanGaps: true, points: { show: metric.includes("evaluation/"), size: 5 } }))],
+    cursor: { points: { size: (_, number) => (number > shown.length ? 0 : 6) }, drag: { x: true, y: false } },
+    series: [
+      {},
+      ...shown.map(({ metric, color, dash, smoothed }) => ({ label: metric, stroke: style(`--s${color}`) + (smoothed ? "38" : ""), width: smoothed ? 1 : 1.8, dash: smoothed ? [] : dash, spanGaps: isEvaluation(metric), points: isEvaluation(metric) ? { show: true, size: 5 } : { size: 4 } })),
+      ...shown.filter((one) => one.smoothed).map(({ metric, color, dash }) => ({ label: metric, stroke: style(`--s${color}`), width: 1.8, dash, spanGaps: true, points: { show: false } })),
+    ],
     hooks: { setCursor: [(one) => read(figure, one.cursor.idx)] },
-  }, data, place);
+  }, dataOf(shown), place);
   plots.set(figure, plot);
   plot.over.addEventListener("click", () => open(figure));
   new ResizeObserver(() => plot.setSize({ width: place.clientWidth, height: 190 })).observe(place);
@@ -84,18 +109,24 @@ function read(figure, place) {
   const at = place ?? steps.length - 1;
   figure.dataset.place = place ?? "";
   const text = figure.querySelector(".reading");
-  text.replaceChildren(document.createTextNode(steps.length ? `step ${steps[at]}  ` : ""));
+  const begin = document.createElement("span");
+  begin.textContent = steps.length ? `step ${steps[at]}` : "";
+  text.replaceChildren(begin);
   const names = metricsOf(figure).map((metric) => metric.split("/").at(-1));
-  seriesOf(figure).forEach(({ run, metric, color }, number) => {
+  const shown = seriesOf(figure);
+  shown.forEach(({ run, metric, color }, number) => {
     const column = plot.data[number + 1];
     let from = at;
     while (from >= 0 && column[from] == null) from -= 1;
-    if (from < 0) return;
+    if (from < 0 || (column[from] === 0 && shown.length > 6)) return;
+    const pair = document.createElement("span");
     const name = document.createElement("span");
     name.className = `name series-${color}`;
     const last = metric.split("/").at(-1);
-    name.textContent = runs.length > 1 ? run : names.filter((one) => one === last).length > 1 ? metric : last;
-    text.append(name, ` ${Number(column[from].toPrecision(3))}  `);
+    const full = names.filter((one) => one === last).length > 1 ? metric : last;
+    name.textContent = runs.length === 1 ? full : names.length === 1 ? run : `${run} ${full}`;
+    pair.append(name, ` ${Number(column[from].toPrecision(3))}`);
+    text.append(pair);
   });
 }
 
@@ -131,7 +162,9 @@ figures.forEach((figure) => figure.addEventListener("keydown", (event) => {
   if (event.key === "Enter") { open(figure); event.preventDefault(); }
 }));
 
-addEventListener("theme", () => { for (const plot of plots.values()) plot.destroy(); plots.clear(); figures.forEach(draw); });
+function redraw() { for (const plot of plots.values()) plot.destroy(); plots.clear(); figures.forEach((figure) => { figure.shown = undefined; draw(figure); }); }
+addEventListener("theme", redraw);
+smoothing?.addEventListener("change", () => { localStorage.setItem("smooth", smoothing.checked ? "yes" : "no"); redraw(); });
 
 // A report has its points within; a page of the console asks for them, and for those that come.
 const recorded = document.getElementById("series");

@@ -39,6 +39,7 @@ const KEYS = {
   p: () => follow("a[rel=prev]"),
   u: () => (document.querySelector("a[rel=up]") ?? document.querySelector(".tabs a") ?? document.querySelector(".brand")).click(),
   f: failing,
+  s: () => document.getElementById("smooth")?.click(),
   t: theme,
   "/": () => document.querySelector("[data-search]")?.focus(),
   "?": () => (help.open ? help.close() : help.showModal()),

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.foreign import kept
+from mulligan.common.http_keys import key_problem
 from mulligan.common.proxies import is_direct
 from mulligan.common.rewards import read_reward
 from mulligan.env import numbered
@@ -62,7 +63,7 @@ class Settings:
     it the agent writes the action itself, as a JSON object. `train_tasks` and `test_tasks` are numbers of seeds for
     `reset`, or lists of tables, one table of arguments for each task. `reset` holds the arguments that all tasks have.
     `feedback_field` is a field of the last observation. `token_env` names the variable that holds the bearer token, if
-    the server wants one.
+    the server wants one. It goes to another machine over TLS alone (https or wss), unless `insecure` is set.
     """
 
     url: str
@@ -77,6 +78,7 @@ class Settings:
     deterministic: bool = False  # OpenEnv's servers don't say
     timeout_seconds: float = 30.0
     token_env: str = ""
+    insecure: bool = False
     task: str = "You are to solve a task by acting step by step. Each message shows what came of your last action."
     action_format: str = ""
 
@@ -97,6 +99,8 @@ class Settings:
                 raise ValueError(f"{setting}: {_FEW}, at most {MAX_TASKS} (ids have five digits)")
         if self.token_env and self.token_env not in os.environ:
             raise ValueError(f"token_env: there is no variable {self.token_env}")
+        if self.token_env and (problem := key_problem(self.url, insecure=self.insecure)):
+            raise ValueError(f"url: {problem}, or `insecure` beside it")
 
     @property
     def server(self) -> str:

@@ -17,6 +17,7 @@ from mulligan.memory.store import Found, Store
 
 SIMILARITY = 0.8  # share of common pairs of words from which one of two entries is left out
 _SPARE = 10  # entries of a strategy that may be near-duplicates before it finds less than its limit
+_FEW_SPARE = 2  # asked for first
 
 
 Pairs = frozenset[tuple[str, ...]]
@@ -29,16 +30,20 @@ async def retrieve(query: ReflectionQuery, store: Store) -> Found:
     assert query.version is not None, "`retrieve` of the package sets it"
     for part in query.mix:
         most = len(kept) + part.limit
-        wanted = replace(query, strategy=part.strategy, limit=most + _SPARE)
-        for one in (await by(part.strategy, wanted, store)).reflections:
-            if len(kept) == most:
+        for spare in (_FEW_SPARE, _SPARE):
+            wanted = replace(query, strategy=part.strategy, limit=most + spare)
+            found = (await by(part.strategy, wanted, store)).reflections
+            for one in found:
+                if len(kept) == most:
+                    break
+                if one.reflection_id in kept:
+                    continue
+                own = pairs(one.text)
+                if all(similarity(own, other) < SIMILARITY for other in known) and budget.takes(one.text):
+                    kept[one.reflection_id] = one
+                    known.append(own)
+            if len(kept) == most or len(found) < wanted.limit:
                 break
-            if one.reflection_id in kept:
-                continue
-            own = pairs(one.text)
-            if all(similarity(own, other) < SIMILARITY for other in known) and budget.takes(one.text):
-                kept[one.reflection_id] = one
-                known.append(own)
     return Found(tuple(kept.values())[: query.limit], query.version)
 
 

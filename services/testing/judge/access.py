@@ -10,6 +10,11 @@ from mulligan.testing.judge.history import BrokenRule, RecordedCall
 RULE = "access"
 NO_TOKEN = "none"  # what a stranger may have instead of a role's token
 UNKNOWN_TOKEN = "unknown"
+NO_RUN = "trainer, no run"  # the role of a trainer, for what needs the credential of a run besides
+OTHER_RUN = "trainer, another run"
+_OUTSIDE = (NO_RUN, OTHER_RUN)
+# Why such a call may be refused: an entry is looked for before its scope is known.
+_KEPT_OUT = ("RUN_CREDENTIAL", "UNKNOWN_REFLECTION", "CALLER_LIMIT")
 _REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 
 
@@ -18,6 +23,11 @@ def check(calls: Sequence[RecordedCall]) -> Iterator[BrokenRule]:
         if not call.credential:
             if call.code in _REFUSED:
                 yield BrokenRule(RULE, "the right credential was refused", (call,))
+        elif call.credential in _OUTSIDE:
+            if call.answer is not None:
+                yield BrokenRule(RULE, f"what is the run's was given to a caller with {call.credential!r}", (call,))
+            elif call.refused and call.reason not in _KEPT_OUT:
+                yield BrokenRule(RULE, f"the call of a caller with {call.credential!r} was looked at", (call,))
         elif not _may(call):
             if call.answer is not None:
                 yield BrokenRule(RULE, f"a call was answered to a caller with {call.credential!r}", (call,))

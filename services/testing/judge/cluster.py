@@ -1,4 +1,5 @@
-"""The four services as processes that the judge looks at: tokens, a faulty network before each, recorded calls."""
+"""The four services as processes that the judge looks at: TLS, tokens, credentials of runs, a faulty network
+before each, recorded calls."""
 
 from __future__ import annotations
 
@@ -13,10 +14,14 @@ from typing import Any
 
 from mulligan.cli.local import free_ports
 from mulligan.common.access import AccessRole
+from mulligan.common.certificates import Certificates
 from mulligan.common.channel import Endpoint
+from mulligan.common.run_credentials import RunGrant, RunKeys
+from mulligan.common.tls import ClientTls
 from mulligan.memory.client import MemoryClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.judge.collector import Collector
+from mulligan.testing.judge.intruders import CREDENTIAL_SECONDS
 from mulligan.testing.judge.network import CallFaults, FaultyCalls
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.trainer.client import RunClient
@@ -51,16 +56,23 @@ class Cluster:
         for role, token in self.tokens.items():
             (self.folder / "tokens" / role).write_text(f"{token}\n")
             (self.folder / f"token-{role}").write_text(f"{token}\n")
+        Certificates(self.folder / "certs").update()  # and keys of runs
+        self.keys = RunKeys(self._certified("trainer", "run-keys.pem"))
+        self.ca = self._certified("trainer", "ca.crt")
         self.collector = Collector(self.folder / "history")
         self.faketime = next((str(path) for where in _FAKETIME for path in Path("/").glob(where[1:])), "")
         self.processes: dict[str, ServiceProcess] = {}
         self.networks: dict[str, FaultyCalls] = {}
 
+    def _certified(self, name: str, file: str) -> Path:
+        return self.folder / "certs" / "services" / name / file
+
     async def start(self) -> None:
         address = {name: f"127.0.0.1:{port}" for name, port in free_ports().items()}
         for name in NAMES:
             seed = random.Random(self.chance.random())
-            self.networks[name] = FaultyCalls(lambda target=address[name]: target, self.faults, seed)  # type: ignore[misc]
+            network = FaultyCalls(lambda target=address[name]: target, self.faults, seed, ca=self.ca.read_bytes())  # type: ignore[misc]
+            self.networks[name] = network
             await self.networks[name].start()
         with ThreadPoolExecutor() as pool:  # all at once: importing torch takes seconds
             started = {name: pool.submit(self._start, name, address[name]) for name in NAMES}
@@ -70,6 +82,7 @@ class Cluster:
         options = [option for plugin in self.plugins.get(name, ()) for option in ("--plugin", plugin)]
         if name == "trainer":
             options += ["--history", str(self.collector.path), "--caller", name]
+            options += ["--credential-seconds", str(CREDENTIAL_SECONDS)]  # clocks jump
             for state in STATE:
                 options += ["--synced", str(self.copies(state)), str(self.folder / state)]
         return self.services.start(
@@ -79,6 +92,8 @@ class Cluster:
             start_seconds=_OUTAGE_SECONDS,
             program=[*_LAUNCH, *options, name],
             tokens_folder=self.folder / "tokens",
+            tls_certificate=self._certified(name, "tls.crt"),
+            tls_key=self._certified(name, "tls.key"),
             **self._settings(name),
         )
 
@@ -93,13 +108,16 @@ class Cluster:
                 "state_folder": self.folder / "policy",
                 "threads": 1,
             },
-            "memory": {"database": self.folder / "memory" / "memory.db"},
+            "memory": {
+                "database": self.folder / "memory" / "memory.db",
+                "run_keys": self._certified(name, "run-keys.pem"),
+            },
         }
         if name in others:
             return others[name]
         settings: dict[str, Any] = {"outage_seconds": _OUTAGE_SECONDS, "threads": 1}
         settings |= {"runs_folder": self.folder / "runs", "checkpoint_folder": self.folder / "checkpoints"}
-        settings |= {"weights_folder": self.folder / "weights"}
+        settings |= {"weights_folder": self.folder / "weights", "run_keys": self._certified(name, "run-keys.pem")}
         for other, role in (("env", "actor"), ("policy", "trainer"), ("memory", "trainer"), ("learner", "trainer")):
             settings[f"{other}_address"] = self.networks["trainer" if other == "learner" else other].address
             settings[f"{other}_token_file"] = self.folder / f"token-{role}"
@@ -124,14 +142,21 @@ class Cluster:
         new.write_text(f"{seconds:+d}\n")
         new.replace(file)
 
-    def endpoint(self, name: str) -> Endpoint:
-        """Past the network."""
-        token = self.tokens[AccessRole.TRAINER]
-        return Endpoint(self.processes[name].address, token=token, outage_seconds=_OUTAGE_SECONDS)
+    def endpoint(self, name: str, credential: str = "") -> Endpoint:
+        """Past the network. The credential is a run's."""
+        return Endpoint(
+            self.processes[name].address,
+            token=self.tokens[AccessRole.TRAINER],
+            run_credential=(lambda: credential) if credential else None,
+            tls=ClientTls(self.ca),
+            outage_seconds=_OUTAGE_SECONDS,
+        )
 
-    def clients(self) -> tuple[RunClient, PolicyClient, MemoryClient]:
+    def clients(self, run_id: str) -> tuple[RunClient, PolicyClient, MemoryClient]:
+        """Those of who starts the run: the first has its credential."""
+        credential = self.keys.sign(RunGrant(run_id, (run_id,)), CREDENTIAL_SECONDS)
         return (
-            RunClient(self.endpoint("trainer")),
+            RunClient(self.endpoint("trainer", credential)),
             PolicyClient(self.endpoint("policy")),
             MemoryClient(self.endpoint("memory")),
         )

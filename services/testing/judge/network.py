@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,13 +42,15 @@ class CallFaults:
 
 @dataclass
 class FaultyCalls:
-    """Stands before one server. `happened` counts the faults. While it `is_parted` nothing passes."""
+    """Stands before one server, to which it speaks TLS if it has `ca`, the authorities to trust. `happened` counts the
+    faults. While it `is_parted` nothing passes."""
 
     target: Callable[[], str]
     faults: CallFaults
     chance: random.Random
     happened: Counter[str] = field(default_factory=Counter)
     address: str = ""
+    ca: bytes = b""
 
     def __post_init__(self) -> None:
         self.calm = False  # no faults any more
@@ -59,7 +61,7 @@ class FaultyCalls:
         self._seen: set[tuple[str, bytes]] = set()
 
     async def start(self, address: str = "127.0.0.1:0") -> None:
-        self._channel = grpc.aio.insecure_channel(self.target(), [*_OPTIONS, *_RECONNECT])
+        self._channel = channel_to(self.target(), self.ca, [*_OPTIONS, *_RECONNECT])
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((_Any(self),))
         self.address = f"{address.rpartition(':')[0]}:{self._server.add_insecure_port(address)}"
@@ -148,6 +150,13 @@ class FaultyCalls:
                 pass
         except grpc.aio.AioRpcError:
             pass
+
+
+def channel_to(address: str, ca: bytes, options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Channel:
+    """With TLS if there are authorities to trust."""
+    if not ca:
+        return grpc.aio.insecure_channel(address, list(options))
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca), list(options))
 
 
 class _Any(grpc.GenericRpcHandler):

@@ -26,6 +26,7 @@ from mulligan.common.status import from_rpc_error
 
 _LONGEST = 8  # numbers of a list that are written
 _PROBES = ("/grpc.",)  # methods that begin so are not recorded
+_SECRET = "credential"  # a field that is left out
 Sink = Callable[[bytes], None]
 
 
@@ -165,8 +166,9 @@ def digest_of(*messages: Message) -> str:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """The fields that are set, as JSON has them. Long lists of numbers, and bytes, are their lengths."""
-    return {field.name: _plain(field, value) for field, value in message.ListFields()}
+    """The fields that are set, as JSON has them. Long lists of numbers, and bytes, are their lengths. Credentials are
+    left out."""
+    return {field.name: _plain(field, value) for field, value in message.ListFields() if field.name != _SECRET}
 
 
 def _plain(field: Any, value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
 
 from mulligan.common.access import ACCESS, AccessRole, needed_role
 from mulligan.common.tokens import bearer
@@ -17,6 +18,8 @@ from mulligan.env.v1 import env_service_pb2
 from mulligan.memory.v1 import memory_service_pb2
 from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
 from mulligan.testing.judge.access import NO_TOKEN, UNKNOWN_TOKEN
+from mulligan.testing.judge.intruders import Intruders
+from mulligan.testing.judge.network import channel_to
 from mulligan.testing.judge.recorder import CallRecorder
 from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
 
@@ -37,7 +40,8 @@ _SECONDS = 5.0  # of a call
 
 class Strangers:
     """`addresses` are those of the services, each with the full names of what it serves. `tokens` are of roles.
-    `pause` is the time between two calls, in seconds."""
+    Every second call is one of the `intruders`. `pause` is the time between two calls, in seconds. With
+    `ca`, authorities to trust, they speak TLS."""
 
     def __init__(
         self,
@@ -45,8 +49,12 @@ class Strangers:
         tokens: Mapping[AccessRole, str],
         recorder: CallRecorder,
         chance: random.Random,
+        intruders: Intruders,
         pause: float = 0.2,
+        ca: bytes = b"",
     ):
+        self._address = {service: address for address, services in addresses.items() for service in services}
+        self._intruders = intruders
         self._calls = [
             (address, f"/{service}/{call}")
             for address, services in addresses.items()
@@ -57,15 +65,20 @@ class Strangers:
         self._recorder = recorder
         self._chance = chance
         self._pause = pause
+        self._ca = ca
         self.made = 0
 
     async def try_on(self) -> None:
         """Until it is cancelled."""
-        channels = {address: grpc.aio.insecure_channel(address) for address, _ in self._calls}
+        channels = {address: channel_to(address, self._ca) for address, _ in self._calls}
         try:
             while True:
                 address, method = self._chance.choice(self._calls)
                 await self._try(channels[address], method)
+                await asyncio.sleep(self._pause)
+                method, request = await self._intruders.request(lambda service: channels[self._address[service]])
+                channel = channels[self._address[method.split("/")[1]]]
+                await self._call(channel, method, request, *self._intruders.credential())
                 await asyncio.sleep(self._pause)
         finally:
             for channel in channels.values():
@@ -76,12 +89,16 @@ class Strangers:
         less = [role for role in self._tokens if needed is not None and not role.includes(needed)]
         credential = self._chance.choice([NO_TOKEN, UNKNOWN_TOKEN, *less])
         token = "no-token-of-anybody" if credential == UNKNOWN_TOKEN else self._tokens.get(credential)  # type: ignore[call-overload]
-        request, answer = _kinds(method)
-        number = self._recorder.begin(method, request(), credential)
+        await self._call(channel, method, _kinds(method)[0](), credential, bearer(token) if token else None)
+
+    async def _call(
+        self, channel: grpc.aio.Channel, method: str, request: Message, credential: str, metadata: Any
+    ) -> None:
+        number = self._recorder.begin(method, request, credential)
         self.made += 1
-        call: Any = channel.stream_stream(method, lambda one: one.SerializeToString(), answer.FromString)
+        call: Any = channel.stream_stream(method, lambda one: one.SerializeToString(), _kinds(method)[1].FromString)
         try:
-            answers = call(iter([request()]), timeout=_SECONDS, metadata=bearer(token) if token else None)
+            answers = call(iter([request]), timeout=_SECONDS, metadata=metadata)
             self._recorder.end(number, [one async for one in answers])
         except grpc.aio.AioRpcError as error:
             self._recorder.end(number, None, error)

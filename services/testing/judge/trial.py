@@ -14,9 +14,11 @@ from mulligan.common.access import AccessRole
 from mulligan.common.experience import Sample
 from mulligan.env.config import EnvSettings
 from mulligan.testing.judge import history
+from mulligan.testing.judge.access import NO_RUN, OTHER_RUN
 from mulligan.testing.judge.cluster import NAMES, SERVED, Cluster
 from mulligan.testing.judge.final import collect
 from mulligan.testing.judge.history import BrokenRule, RecordedCall
+from mulligan.testing.judge.intruders import Intruders
 from mulligan.testing.judge.nemesis import TROUBLES, Nemesis
 from mulligan.testing.judge.network import CallFaults
 from mulligan.testing.judge.recorder import CallRecorder, recorded, to_file
@@ -74,6 +76,7 @@ class JudgedRun:
             "calls": len(self.calls) - len(strangers),
             "calls_without_answer": sum(not call.ok and not call.refused for call in self.calls if not call.credential),
             "calls_of_strangers": len(strangers),
+            "calls_without_credential_of_the_run": sum(call.credential in (NO_RUN, OTHER_RUN) for call in strangers),
             "violations": [str(violation) for violation in self.violations],
         }
 
@@ -123,11 +126,13 @@ async def _train(
     tokens: dict[AccessRole, str] = {
         role: token for role, token in cluster.tokens.items() if role is not AccessRole.ADMIN
     }
-    clients = cluster.clients()
+    clients = cluster.clients(RUN_ID)
     folders = (cluster.folder / "runs", cluster.folder / "checkpoints")
     try:
         async with asyncio.timeout(_RUN_SECONDS), asyncio.TaskGroup() as group:
-            strangers = group.create_task(Strangers(addresses, tokens, record, chance).try_on())
+            intruders = Intruders(RUN_ID, cluster.tokens[AccessRole.TRAINER], cluster.keys, chance)
+            trying = Strangers(addresses, tokens, record, chance, intruders, ca=cluster.ca.read_bytes())
+            strangers = group.create_task(trying.try_on())
             await clients[0].start(RUN_ID, settings)
             raging = group.create_task(nemesis.rage(troubles))
             running = group.create_task(_ended(clients[0]))

@@ -14,6 +14,7 @@ from mulligan.common import numbers
 from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.inference import CanaryProbe, PublishedWeights, WeightsKind
+from mulligan.common.tasks import to_its_end
 from mulligan.policy.wire import canary_from_proto
 from mulligan.trainer.data import Datum, ModelLimits
 from mulligan.trainer.learner.metrics import merge
@@ -68,6 +69,9 @@ class LearnerClient:
         try:
             response = await client._connection.call(client._stub.CreateLearner, request, timeout=CALL_SECONDS)
             client.limits = client._connection.read(_limits, response)
+        except asyncio.CancelledError:  # it may have been made all the same, and would take a place during its lease
+            await to_its_end(client.close())
+            raise
         except BaseException:
             await client._connection.close()
             raise

@@ -111,6 +111,10 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         self._held.clear()
         await asyncio.to_thread(self._ranks.leave)
 
+    async def learner_ids(self) -> list[str]:
+        """Of those that are held now."""
+        return [held.learner.learner_id for held in self._held]
+
     async def CreateLearner(self, request: pb.CreateLearnerRequest, context: Context) -> pb.CreateLearnerResponse:
         self._guard.check_learner(context, request.learner_id)
         if self._leases is None:

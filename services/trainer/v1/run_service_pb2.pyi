@@ -174,8 +174,8 @@ class StartRunResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     CREDENTIAL_FIELD_NUMBER: _builtins.int
     credential: _builtins.str
-    """For the metadata `mulligan-run-credential` of calls that write to the run's scope of the memory, or use its learner,
-    where these ask for one. It counts for a day unless the trainer is set otherwise. Empty where the trainer has no key
+    """For the metadata `mulligan-run-credential` of calls that act upon the run, write to its scope of the memory, or use
+    its learner, where these ask for one. It counts for a day unless the trainer is set otherwise. Empty where the trainer has no key
     to sign one, and where the run was there already, unless the call itself has the run's credential or an
     administrator's token. Keep it as a token.
     """

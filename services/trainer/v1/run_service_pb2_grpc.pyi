@@ -36,6 +36,10 @@ class RunServiceStub:
     A run pauses while a disk is full, be it the trainer's or that of a service that it uses. It goes on by itself when
     there is room. A run whose folder is removed has FAILED.
 
+    Calls that act upon a run (StopRun, ResumeRun, and Evaluate or StreamEvaluate with its run_id) can return
+    PERMISSION_DENIED RUN_CREDENTIAL, metadata `run_id`: the server asks for credentials of runs, and the call's metadata
+    has not that of the run as `mulligan-run-credential`. An administrator needs none.
+
     Calls that name a run can return DATA_LOSS STATE_DAMAGED, metadata `file`: a file of the run's folder is damaged. The
     message says what is lost and what to do. Other runs go on. ListRuns lists such a run with the message as `error`.
     """
@@ -47,9 +51,11 @@ class RunServiceStub:
     FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
     INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`; or `model.source`, for a folder that is not below the
     trainer's `models_folder`. PERMISSION_DENIED RUN_CREDENTIAL: the server asks for credentials of runs, and the call has
-    none for the scope that algorithm.memory_scope names, which is neither the run's own nor one of all runs; metadata
-    `scope`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
-    `free_bytes` and `needed_bytes`. Some problems are found only by training: an unknown environment or model, an
+    none for the scope that algorithm.memory_scope names, which is neither the run's own nor one of all runs, metadata
+    `scope`; or the run is a new one and its id is in use already, by a scope of the memory with entries, metadata
+    `scope`, or by a learner or its checkpoints, metadata `learner_id`. UNAVAILABLE SERVICE_UNAVAILABLE, metadata
+    `endpoint`: the server that could tell is away. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`, `free_bytes` and
+    `needed_bytes`. Some problems are found only by training: an unknown environment or model, an
     environment without training tasks or without test tasks, a service that stays away. They end the run as FAILED.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]
@@ -115,6 +121,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     A run pauses while a disk is full, be it the trainer's or that of a service that it uses. It goes on by itself when
     there is room. A run whose folder is removed has FAILED.
 
+    Calls that act upon a run (StopRun, ResumeRun, and Evaluate or StreamEvaluate with its run_id) can return
+    PERMISSION_DENIED RUN_CREDENTIAL, metadata `run_id`: the server asks for credentials of runs, and the call's metadata
+    has not that of the run as `mulligan-run-credential`. An administrator needs none.
+
     Calls that name a run can return DATA_LOSS STATE_DAMAGED, metadata `file`: a file of the run's folder is damaged. The
     message says what is lost and what to do. Other runs go on. ListRuns lists such a run with the message as `error`.
     """
@@ -130,9 +140,11 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
         INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`; or `model.source`, for a folder that is not below the
         trainer's `models_folder`. PERMISSION_DENIED RUN_CREDENTIAL: the server asks for credentials of runs, and the call has
-        none for the scope that algorithm.memory_scope names, which is neither the run's own nor one of all runs; metadata
-        `scope`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
-        `free_bytes` and `needed_bytes`. Some problems are found only by training: an unknown environment or model, an
+        none for the scope that algorithm.memory_scope names, which is neither the run's own nor one of all runs, metadata
+        `scope`; or the run is a new one and its id is in use already, by a scope of the memory with entries, metadata
+        `scope`, or by a learner or its checkpoints, metadata `learner_id`. UNAVAILABLE SERVICE_UNAVAILABLE, metadata
+        `endpoint`: the server that could tell is away. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`, `free_bytes` and
+        `needed_bytes`. Some problems are found only by training: an unknown environment or model, an
         environment without training tasks or without test tasks, a service that stays away. They end the run as FAILED.
         """
 

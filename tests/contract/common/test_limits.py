@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mulligan.common.access import AccessRole
 from mulligan.common.callers import CallerLimits
-from mulligan.common.channel import Endpoint
+from mulligan.common.channel import Endpoint, is_healthy
 from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.grpc_server import Server, options
@@ -251,6 +251,51 @@ async def test_a_health_watcher_that_does_not_read_keeps_nobody() -> None:
         assert (await watched.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         watched.cancel()
     await server.stop(None)
+
+
+async def test_watches_of_a_stranger_keep_no_health_check_away(server: ServiceProcess) -> None:
+    """One that asks for more watches than a server has calls for, and leaves them open."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(300)]
+        codes = [asyncio.create_task(watch.code()) for watch in watches]
+        await until(lambda: sum(code.done() for code in codes) == 300 - 64)
+        assert {code.result() for code in codes if code.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        open_ = [watch for watch, code in zip(watches, codes, strict=True) if not code.done()]
+        for watch in open_:
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        for _ in range(5):  # as many as it likes, from the same address
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        assert await is_healthy(server.address, 10)
+        open_[0].cancel()
+
+        async def has_room() -> bool:
+            try:
+                answer = await stub.Watch(health_pb2.HealthCheckRequest()).read()
+            except grpc.aio.AioRpcError:
+                return False
+            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+        await until_async(has_room)
+        for code in codes:
+            code.cancel()
+    await serves(server)
+
+
+@pytest.mark.parametrize("call", ["Check", "Watch"])
+async def test_a_large_health_check_is_refused(server: ServiceProcess, call: str) -> None:
+    """A watch would keep it for as long as it likes."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        asked = getattr(stub, call)(health_pb2.HealthCheckRequest(service="x" * 5_000))
+        error = await refusal(asked.read() if call == "Watch" else asked)
+        assert error.reason is Reason.MALFORMED_MESSAGE and "expected at most 4096" in error.message
+        unknown = getattr(stub, call)(health_pb2.HealthCheckRequest(service="x" * 1_000))
+        if call == "Check":
+            assert await unknown.code() is grpc.StatusCode.NOT_FOUND
+        else:
+            assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 async def test_calls_of_one_caller(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from typing import Any
 from urllib.request import urlopen
 
+import grpc
 import pytest
 
 from mulligan.common.channel import Endpoint
@@ -30,18 +32,39 @@ async def test_every_service_has_them(services: ServiceProcesses) -> None:
     await call_twice(server.address)
 
     def text() -> str:
-        with urlopen(f"http://{address}/metrics", timeout=10) as response:
-            return str(response.read().decode())
+        return scraped(address)
 
     method = "mulligan.env.v1.EnvService/ListEnvironments"
+    ended = "grpc_server_call_duration_seconds_count"
     for _ in range(100):  # the count follows the answer
-        if sample(text(), "mulligan_requests_total", method=method, status="OK") == 2:
+        if sample(text(), ended, grpc_method=method, grpc_status="OK") == 2:
             break
         await asyncio.sleep(0.02)
-    assert sample(text(), "mulligan_requests_total", method=method, status="OK") == 2
-    assert sample(text(), "mulligan_request_seconds_count", method=method) == 2
+    assert sample(text(), ended, grpc_method=method, grpc_status="OK") == 2
+    assert sample(text(), "grpc_server_call_started_total", grpc_method=method) == 2
     assert sample(text(), "process_resident_memory_bytes") is not None
     assert server.stop() == 0
+
+
+async def test_callers_make_no_series(services: ServiceProcesses) -> None:
+    """Calls of unknown methods are one series, however they are called."""
+    server = services.start("env", metrics_port=0)
+    [address] = [line["address"] for line in server.log_lines if line["event"] == "metrics"]
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        for number in range(20):
+            call: Any = channel.unary_unary(f"/mulligan.env.v1.EnvService/Call{number}")
+            with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
+                await call(b"")
+    text = await asyncio.to_thread(scraped, address)
+    assert "Call1" not in text
+    assert sample(text, "grpc_server_call_started_total", grpc_method="other") == 20
+    ended = "grpc_server_call_duration_seconds_count"
+    assert sample(text, ended, grpc_method="other", grpc_status="UNIMPLEMENTED") == 20
+
+
+def scraped(address: str) -> str:
+    with urlopen(f"http://{address}/metrics", timeout=10) as response:
+        return str(response.read().decode())
 
 
 async def call_twice(address: str) -> None:

@@ -136,9 +136,25 @@ def test_help_and_theme(window: Chrome, address: str) -> None:
     assert window.find_element(By.TAG_NAME, "html").get_attribute("data-theme") != before, "it is remembered"
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/runs/run-1", "/runs/run-1/experiences", "/runs/run-1/experiences/run-1-s0-t0-r1"]
-)
+def test_lines_are_smoothed_or_not(window: Chrome, address: str) -> None:
+    """The choice is remembered; the numbers are those of the points."""
+    open_charts(window, address, "/runs/run-1?metric=entropy")
+    canvas = "return document.querySelector('.plot canvas').toDataURL()"
+    before, said = window.execute_script(canvas), window.find_element(By.CSS_SELECTOR, ".reading").text
+    assert window.find_element(By.ID, "smooth").is_selected()
+    press(window, "s")
+    until(window, lambda found: found.execute_script(canvas) != before)
+    assert window.find_element(By.CSS_SELECTOR, ".reading").text == said
+    open_charts(window, address, "/runs/run-2")
+    assert not window.find_element(By.ID, "smooth").is_selected()
+    press(window, "s")
+
+
+FITTING = ["/", "/runs/run-1", "/runs/run-1/experiences", "/runs/run-1/experiences/run-1-s0-t0-r1"]
+FITTING += ["/runs/run-1/settings", "/runs/run-1/groups/0/0", "/compare?run=run-1&run=run-2", "/services", "/chat"]
+
+
+@pytest.mark.parametrize("path", FITTING)
 @pytest.mark.parametrize("width", [400, 2560])
 def test_pages_fit_any_window(window: Chrome, address: str, path: str, width: int) -> None:
     window.execute_cdp_cmd(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.client import HTTPConnection
 from urllib.parse import urlencode, urlsplit
 
@@ -11,6 +11,7 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
+from mulligan.cli.out import safe
 from mulligan.testing.processes import ServiceProcesses
 from tests.support.console import browser, console
 from tests.support.waiting import wait_until
@@ -42,12 +43,48 @@ def test_a_policy_answers_under_the_prompt_of_an_environment(address: str) -> No
         for number, text in enumerate(("<b>Hello</b>\nyou", "Again"), 1):
             chrome.find_element(By.NAME, "text").send_keys(text)
             chrome.find_element(By.XPATH, "//button[text()='Send']").click()
-            wait_until(lambda: len(chrome.find_elements(By.CSS_SELECTOR, ".said-by.assistant")) == number)  # noqa: B023
+            wait_until(lambda: len(chrome.find_elements(By.CSS_SELECTOR, ".assistant .facts")) == number)  # noqa: B023
+            assert not chrome.find_elements(By.CSS_SELECTOR, ".error")
         said = [one.text for one in chrome.find_elements(By.CSS_SELECTOR, ".said-by.user pre")]
         assert said == ["<b>Hello</b>\nyou", "Again"]
         notes = [one.text for one in chrome.find_elements(By.CSS_SELECTOR, ".said-by.assistant .facts")]
         assert len(notes) == 2 and all(note.endswith("version 0") and " tokens" in note for note in notes)
         assert chrome.get_log("browser") == []  # type: ignore[no-untyped-call]
+
+
+def post(address: str, path: str, changes: Mapping[str, str]) -> tuple[int, str]:
+    fields = {"policy": "", "text": "Hello", "history": "[]", "temperature": "1", "max_tokens": "4"} | dict(changes)
+    connection = HTTPConnection(urlsplit(address).netloc, timeout=60)
+    cookie = f"mulligan-console-{urlsplit(address).port}={KEY}"
+    headers = {"Cookie": cookie, "Origin": address, "Content-Type": "application/x-www-form-urlencoded"}
+    connection.request("POST", path, urlencode(fields), headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_an_answer_comes_in_parts(address: str) -> None:
+    status, text = post(address, "/chat/stream", {"text": "one", "max_tokens": "12", "temperature": "50"})
+    *parts, end = [json.loads(line) for line in text.splitlines()]
+    assert status == 200 and len(parts) > 1 and all(part.keys() == {"text"} for part in parts)
+    history = json.loads(end["history"])
+    assert [said["role"] for said in history] == ["user", "assistant"] and history[0]["text"] == "one"
+    assert history[1]["note"] == end["note"] and "version 0" in end["note"]
+    assert "".join(part["text"] for part in parts) == safe(history[1]["text"]), "control characters are written out"
+    status, text = post(address, "/chat/stream", {"policy": "nobody"})
+    assert status == 200 and "nobody" in json.loads(text)["error"]
+    assert post(address, "/chat/stream", {"text": ""})[0] == 400
+
+
+def test_a_wrong_value_is_told_in_the_browser(address: str) -> None:
+    """What the policy service refuses stands above the form, which keeps the message."""
+    with browser() as chrome:
+        chrome.get(f"{address}/chat?key={KEY}")
+        chrome.execute_script("document.querySelector('[name=policy][type=hidden]').value = 'nobody'")
+        chrome.find_element(By.NAME, "text").send_keys("Hello")
+        chrome.find_element(By.XPATH, "//button[text()='Send']").click()
+        wait_until(lambda: any("nobody" in one.text for one in chrome.find_elements(By.CSS_SELECTOR, ".error")))
+        assert chrome.find_element(By.NAME, "text").get_attribute("value") == "Hello"
+        assert not chrome.find_elements(By.CSS_SELECTOR, ".said-by")
 
 
 @pytest.mark.parametrize(
@@ -63,11 +100,5 @@ def test_a_policy_answers_under_the_prompt_of_an_environment(address: str) -> No
     ],
 )
 def test_wrong_forms_are_named(address: str, changes: dict[str, str], status: int, problem: str) -> None:
-    fields = {"policy": "", "text": "Hello", "history": "[]", "temperature": "1", "max_tokens": "4"} | changes
-    connection = HTTPConnection(urlsplit(address).netloc, timeout=60)
-    cookie = f"mulligan-console-{urlsplit(address).port}={KEY}"
-    headers = {"Cookie": cookie, "Origin": address, "Content-Type": "application/x-www-form-urlencoded"}
-    connection.request("POST", "/chat", urlencode(fields), headers)
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    assert answer.status == status and problem in text and 'role="alert"' in text
+    found, text = post(address, "/chat", changes)
+    assert found == status and problem in text and 'role="alert"' in text

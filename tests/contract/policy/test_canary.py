@@ -26,13 +26,12 @@ from mulligan.common.inference import (
     SamplingParams,
     VersionState,
 )
-from mulligan.common.metrics import REGISTRY
+from mulligan.common.metrics import REGISTRY, collected
 from mulligan.common.server import serve
 from mulligan.models.build import build_model, write_untrained
 from mulligan.policy.backend import Backend
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
-from mulligan.policy.gauges import collected
 from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.policies import Policies
 from mulligan.policy.servicer import add_to_server, health

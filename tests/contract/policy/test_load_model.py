@@ -85,7 +85,7 @@ async def test_options_are_put_over_the_policy_s_own_settings() -> None:
 async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for() -> None:
     endpoint = {"base_url": "https://good", "api_key": "secret"}
     servers = {"api_key": "s", "admin_api_key": "a"}
-    allowed = ["https://evil", "http://evil", "http://mine"]
+    allowed = ["https://evil", "http://evil", "https://mine"]
     async with started(backend="openai", openai=endpoint, sglang=servers, allowed_addresses=allowed) as running:
         await running.client.load_model("actor", "two", "", {"openai.without": ["seed"]})
         settings: Any = running.served.deployment.settings
@@ -97,7 +97,7 @@ async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for(
         await running.client.load_model("actor", "two", "sglang", {"sglang.servers": ["http://evil"]})
         settings = running.served.deployment.settings
         assert (settings.sglang.api_key, settings.sglang.admin_api_key) == (None, None)
-        options = {"sglang.servers": ["http://mine"], "sglang.api_key": "new"}
+        options = {"sglang.servers": ["https://mine"], "sglang.api_key": "new"}
         await running.client.load_model("actor", "two", "sglang", options)
         settings = running.served.deployment.settings
         given = settings.sglang.api_key

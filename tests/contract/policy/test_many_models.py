@@ -11,7 +11,7 @@ from prometheus_client import generate_latest
 
 from mulligan.common.errors import Code, Reason
 from mulligan.common.inference import CallOptions, Message, Role, SamplingParams
-from mulligan.common.metrics import REGISTRY
+from mulligan.common.metrics import REGISTRY, BoundedNames
 from tests.support.scripted import refused, started
 from tests.support.waiting import until
 
@@ -71,6 +71,24 @@ async def test_a_policy_that_is_gone_has_no_metrics() -> None:
         assert 'mulligan_policy_sampled_tokens_total{policy="gone"}' in generate_latest(REGISTRY).decode()
         await running.client.unload_model("gone")
         assert '"gone"' not in generate_latest(REGISTRY).decode()
+
+
+async def test_policies_beyond_the_named_ones_share_their_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers choose the names, and Prometheus keeps each for long."""
+    monkeypatch.setattr("mulligan.policy.metrics.NAMES", BoundedNames(most=2))
+    async with started() as running:
+        for name in ("named", "third", "fourth"):
+            await running.client.load_model(name, "two")
+        text = generate_latest(REGISTRY).decode()
+        assert 'mulligan_policy_sampled_tokens_total{policy="named"}' in text
+        assert 'policy="third"' not in text and 'policy="fourth"' not in text
+        assert 'mulligan_policy_sampled_tokens_total{policy="other"}' in text
+        gauges = {sample.labels["policy"] for each in running.served.policies.collect() for sample in each.samples}
+        assert gauges == {"actor", "named"}
+        for name in ("third", "named"):
+            await running.client.unload_model(name)
+        text = generate_latest(REGISTRY).decode()
+        assert 'policy="named"' not in text and 'policy="other"' in text
 
 
 async def test_a_replaced_model_is_forgotten_with_its_sessions() -> None:

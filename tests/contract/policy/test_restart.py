@@ -86,7 +86,7 @@ async def test_settings_that_changed_replace_what_was_loaded(
         (
             {
                 "backend": "sglang",
-                "sglang": {"servers": ["http://h:1"], "api_key": "k"},
+                "sglang": {"servers": ["http://h:1"], "api_key": "k", "insecure": True},
                 "allowed_addresses": ["http://h:2"],
             },
             {"sglang.servers": ["http://h:2"]},

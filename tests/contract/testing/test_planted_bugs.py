@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mulligan.testing.judge.access import NO_RUN, OTHER_RUN
+from mulligan.testing.judge.intruders import LEARNER, MEMORY
 from tests.support import further_bugs, planted_bugs
 from tests.support.judged import patched, short_run, world
 
@@ -22,6 +24,8 @@ FOUND_BY = {
     "text_cut": "memory",
     "lost_episode_counts_as_cut": "rewards",
     "snapshot_open_to_all": "access",
+    "credential_of_any_run_counts": "access",
+    "learner_without_credential": "access",
 }
 
 
@@ -36,9 +40,11 @@ async def test_a_run_without_a_bug_keeps_every_promise(tmp_path: Path) -> None:
     assert sum(network.happened["lost_answers"] for network in judged.networks) > 10
     refused = [call for call in judged.calls if call.credential and call.code]
     assert {call.code for call in refused} >= {"UNAUTHENTICATED", "PERMISSION_DENIED"}
+    outside = {(call.credential, call.method.split("/")[1]) for call in refused if call.reason == "RUN_CREDENTIAL"}
+    assert outside == {(without, of) for without in (NO_RUN, OTHER_RUN) for of in (MEMORY, LEARNER)}
 
 
-_SHORT = ("write_lost", "role_not_checked", "lost_episode_counts_as_cut")
+_SHORT = ("write_lost", "role_not_checked", "lost_episode_counts_as_cut", "credential_of_any_run_counts")
 
 
 @pytest.mark.parametrize(

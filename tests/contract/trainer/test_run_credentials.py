@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,22 +13,24 @@ from typing import Any
 import grpc
 import pytest
 
+from mulligan.cli import connection, run_credentials, stop, train
 from mulligan.common.access import AccessRole
 from mulligan.common.channel import Endpoint
-from mulligan.common.errors import Code, DomainError, Reason
+from mulligan.common.errors import Code, DomainError, Reason, ServiceUnavailable
 from mulligan.common.run_credentials import RunGrant, RunKeys
 from mulligan.common.server import RequestInterceptor
 from mulligan.common.status import from_rpc_error
 from mulligan.common.tokens import RUN_CREDENTIAL, bearer
+from mulligan.console.services import Services
 from mulligan.models import EMBEDDED
-from mulligan.trainer.client import LearnerAdminClient
+from mulligan.trainer.client import LearnerAdminClient, RunClient
 from mulligan.trainer.config import TrainerSettings
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.servicer import LearnerServicer
 from mulligan.trainer.learner.servicer import add_to_server as add_learners
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.servicer import add_to_server as add_runs
-from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.settings import EvaluationSettings, RunSettings
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import run_service_pb2 as run_pb
 from mulligan.trainer.v1 import run_service_pb2_grpc
@@ -142,10 +145,33 @@ def _add_learners(servicer: LearnerServicer, server: grpc.aio.Server) -> None:
     add_learners(server, servicer)
 
 
+class Used:
+    """What others have in the memory and at the learner. It can be away, or refuse the trainer."""
+
+    def __init__(self) -> None:
+        self.versions: dict[str, int] = {}
+        self.learners: list[str] = []
+        self.error: Exception | None = None
+        self.looks: list[str] = []
+        self.together: asyncio.Barrier | None = None
+
+    async def snapshot(self, scope: str) -> int:
+        self.looks.append(scope)
+        if self.together is not None:
+            await self.together.wait()
+        if self.error is not None:
+            raise self.error
+        return self.versions.get(scope, 0)
+
+    async def learner_ids(self) -> list[str]:
+        return self.learners
+
+
 class Runs:
     """RunService over gRPC, with runs of fakes."""
 
-    def __init__(self, endpoint: Endpoint, stub: run_service_pb2_grpc.RunServiceStub, keys: RunKeys):
+    def __init__(self, endpoint: Endpoint, stub: run_service_pb2_grpc.RunServiceStub, keys: RunKeys, used: Used):
+        self.used = used
         self.endpoint = endpoint
         self.stub = stub
         self.keys = keys
@@ -157,6 +183,19 @@ class Runs:
         answer = await self.stub.StartRun(request, metadata=metadata)
         assert answer.run.run_id == run_id
         return str(answer.credential)
+
+    async def ended(self, run_id: str) -> None:
+        watched = self.stub.WatchRun(
+            run_pb.WatchRunRequest(run_id=run_id), metadata=bearer(token_of(AccessRole.READER))
+        )
+        async for _ in watched:
+            pass
+
+    async def evaluation(self, run_id: str, metadata: tuple[tuple[str, str], ...]) -> None:
+        """Streams one, in an environment that is not there."""
+        request = run_pb.EvaluateRequest(environment="nowhere", run_id=run_id)
+        async for _ in self.stub.StreamEvaluate(run_pb.StreamEvaluateRequest(request=request), metadata=metadata):
+            pass
 
 
 @pytest.fixture
@@ -170,9 +209,11 @@ async def runs(tmp_path: Path, world: World) -> AsyncIterator[Runs]:
     manager = RunManager(settings.runs_folder, world.run().services)
     keys = settings.keys
     assert keys is not None
-    async with serving(settings, lambda server: add_runs(server, manager, settings.admission)) as endpoint:
+    used = Used()
+    admission = settings.admission(used.snapshot, used.learner_ids)
+    async with serving(settings, lambda server: add_runs(server, manager, admission)) as endpoint:
         async with grpc.aio.insecure_channel(endpoint.address) as channel:
-            yield Runs(endpoint, run_service_pb2_grpc.RunServiceStub(channel), keys)
+            yield Runs(endpoint, run_service_pb2_grpc.RunServiceStub(channel), keys, used)
         await manager.close()
 
 
@@ -209,8 +250,150 @@ async def test_a_run_writes_to_its_own_scope_or_a_shared_one_or_one_that_its_cal
     assert runs.keys.verify(given) == RunGrant("ours", ("team",))
 
 
+async def test_a_new_run_gets_no_credential_for_what_others_have(runs: Runs, world: World, tmp_path: Path) -> None:
+    """Such as a loop of somebody's own, with a credential of `mulligan token`, or a run of another trainer."""
+    settings = scoped(world.folder.settings(), "")
+    runs.used.versions = {"my-loop": 3}
+    runs.used.learners = ["my-learner"]
+    (tmp_path / "checkpoints" / "my-checkpoint").mkdir(parents=True)
+    trainer = AccessRole.TRAINER
+    for run_id, metadata in (
+        ("my-loop", {"scope": "my-loop"}),
+        ("my-learner", {"learner_id": "my-learner"}),
+        ("my-checkpoint", {"learner_id": "my-checkpoint"}),
+    ):
+        for wrong in ("", runs.keys.sign(RunGrant("other", ("other",)), 60)):
+            error = await refused(runs.start(run_id, settings, trainer, wrong))
+            assert error.metadata == metadata and "so a new run needs another run_id" in error.message
+        listed = (await runs.stub.ListRuns(run_pb.ListRunsRequest(), metadata=caller(""))).runs
+        assert run_id not in {one.run_id for one in listed}, "nothing was made"
+        owner = runs.keys.sign(RunGrant(run_id, (run_id,)), 60)
+        given = await runs.start(run_id, settings, trainer, owner)
+        assert runs.keys.verify(given) == RunGrant(run_id, (run_id,))
+        await runs.ended(run_id)
+    runs.used.learners.append("another")
+    shared = await refused(runs.start("another", scoped(settings, "global"), trainer))
+    assert shared.metadata == {"learner_id": "another"}
+    await runs.start("free", settings, trainer)
+    assert "free" in runs.used.looks
+    await runs.ended("free")
+    runs.used.versions["admins-may"] = 1
+    await runs.start("admins-may", settings, AccessRole.ADMIN)
+    assert "admins-may" not in runs.used.looks
+
+
+async def test_a_run_is_refused_while_nobody_can_say_whether_its_id_is_free(runs: Runs, world: World) -> None:
+    settings = scoped(world.folder.settings(), "")
+    for error in (
+        ServiceUnavailable("memory:50053", 5, "away"),
+        DomainError(Reason.BAD_CREDENTIAL, "the trainer's token is unknown"),
+    ):
+        runs.used.error = error
+        told = await refused(runs.start("new", settings, AccessRole.TRAINER), Reason.SERVICE_UNAVAILABLE)
+        assert told.metadata == {"endpoint": "memory"} and str(error) in told.message
+    before = len(runs.used.looks)
+    await refused(runs.start("../runs", settings, AccessRole.TRAINER), Reason.INVALID_FIELD)
+    assert len(runs.used.looks) == before, "nothing is looked up by what is no id"
+
+
+async def test_of_two_who_start_one_run_at_once_one_gets_its_credential(runs: Runs, world: World) -> None:
+    settings = scoped(world.folder.settings(), "")
+    runs.used.together = asyncio.Barrier(2)  # both found no run when they looked
+    given = await asyncio.gather(*(runs.start("one", settings, AccessRole.TRAINER) for _ in range(2)))
+    assert sorted(map(bool, given)) == [False, True]
+
+
 async def test_a_run_of_a_model_outside_is_refused_at_once(runs: Runs, world: World) -> None:
     settings = world.folder.settings()
     outside = settings.model_copy(update={"model": settings.model.model_copy(update={"source": "/etc"})})
     error = await refused(runs.start("outside", outside, AccessRole.TRAINER), Reason.INVALID_SETTING)
     assert error.metadata["field"] == "model.source" and "models_folder" in error.message
+
+
+async def test_a_stranger_neither_stops_nor_resumes_nor_evaluates_a_run(runs: Runs, world: World) -> None:
+    """Looking needs no credential."""
+    settings = scoped(world.folder.settings(), "")
+    mine = await runs.start("mine", settings, AccessRole.TRAINER)
+    for wrong in ("", runs.keys.sign(RunGrant("other", ("mine",)), 60)):
+        for call in (
+            runs.stub.StopRun(run_pb.StopRunRequest(run_id="mine"), metadata=caller(wrong)),
+            runs.stub.ResumeRun(run_pb.ResumeRunRequest(run_id="mine"), metadata=caller(wrong)),
+            runs.stub.Evaluate(run_pb.EvaluateRequest(environment="a", run_id="mine"), metadata=caller(wrong)),
+            runs.evaluation("mine", caller(wrong)),
+        ):
+            error = await refused(call)
+            assert (error.code, error.metadata) == (Code.PERMISSION_DENIED, {"run_id": "mine"})
+            assert "the run 'mine' needs its credential" in error.message
+    others = caller("")
+    assert (await runs.stub.GetRun(run_pb.GetRunRequest(run_id="mine"), metadata=others)).run.run_id == "mine"
+    listed = (await runs.stub.ListRuns(run_pb.ListRunsRequest(), metadata=others)).runs
+    assert "mine" in {one.run_id for one in listed}
+    watched = runs.stub.WatchRun(run_pb.WatchRunRequest(run_id="mine"), metadata=others)
+    states = [one.event.state_changed.state async for one in watched if one.event.HasField("state_changed")]
+    assert states[-1] == run_pb.RUN_STATE_COMPLETED, "nobody could stop it"
+    await refused(
+        runs.stub.ResumeRun(run_pb.ResumeRunRequest(run_id="mine"), metadata=caller(mine)), Reason.RUN_COMPLETED
+    )
+    for allowed in (caller(mine), bearer(token_of(AccessRole.ADMIN))):
+        stopped = await runs.stub.StopRun(run_pb.StopRunRequest(run_id="mine"), metadata=allowed)
+        assert stopped.run.state == run_pb.RUN_STATE_COMPLETED
+        await refused(runs.evaluation("mine", allowed), Reason.UNKNOWN_ENVIRONMENT)
+
+
+async def test_each_call_of_runs_either_looks_or_asks_for_the_credential(runs: Runs, world: World) -> None:
+    """A new call with a run's id belongs to one of the two."""
+    looks = {"GetRun", "ListRuns", "WatchRun", "ListExperiences"}
+    acts = {"StopRun", "ResumeRun", "Evaluate", "StreamEvaluate"}  # those of the test before
+    methods = {method.name for method in run_pb.DESCRIPTOR.services_by_name["RunService"].methods}
+    assert looks | acts | {"StartRun"} == methods
+
+
+async def test_a_client_keeps_the_credentials_of_the_runs_that_it_started(runs: Runs, world: World) -> None:
+    settings = scoped(world.folder.settings(), "")
+    client, stranger = RunClient(runs.endpoint), RunClient(runs.endpoint)
+    await client.start("mine", settings)
+    await refused(stranger.stop("mine"))
+    await refused(stranger.evaluate("nowhere", EvaluationSettings(), run_id="mine"))
+    await client.stop("mine")
+    await refused(client.evaluate("nowhere", EvaluationSettings(), run_id="mine"), Reason.UNKNOWN_ENVIRONMENT)
+    for one in (client, stranger):
+        await one.close()
+
+
+async def test_commands_and_the_console_find_the_credential_of_a_run_that_their_user_started(
+    runs: Runs, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv(connection.TOKEN, token_of(AccessRole.TRAINER))
+    address = runs.endpoint.address
+    settings = scoped(world.folder.settings(), "")
+    await train._train("mine", settings, watch=False, trainer=address)
+    client = RunClient(runs.endpoint)
+    kept = run_credentials.kept_credential(address, "mine")
+    assert runs.keys.verify(kept) == RunGrant("mine", ("mine",))
+    assert {path.stat().st_mode & 0o077 for path in (tmp_path / "state").rglob("*") if path.name != "mulligan"} == {0}
+    await train._train("mine", settings, watch=False, trainer=address)  # gets it again
+    async for _ in client.watch("mine"):
+        pass
+    await refused(client.resume("mine"))
+    await refused(stop._resume("mine", False, False, address), Reason.RUN_COMPLETED)
+    console = Services({"trainer": runs.endpoint}, partial(run_credentials.kept_credential, address))
+    assert "is complete" in (await console.resume("mine")).error
+    assert "needs its credential" in (await Services({"trainer": runs.endpoint}).resume("mine")).error
+    # That of another trainer's run with the same id is not sent.
+    assert run_credentials.kept_credential("127.0.0.1:1", "mine") == ""
+    # The variable has the last word, and a file that others may read is refused.
+    monkeypatch.setenv(connection.RUN_CREDENTIAL, runs.keys.sign(RunGrant("other"), 60))
+    error = await refused(stop._resume("mine", False, False, address))
+    assert "`mulligan token` prints another" in connection.said(error)
+    monkeypatch.delenv(connection.RUN_CREDENTIAL)
+    next(path for path in (tmp_path / "state").rglob("mine")).chmod(0o644)
+    with pytest.raises(SystemExit):
+        await stop._resume("mine", False, False, address)
+    assert "other users may use it" in (await console.stop("mine")).error
+    await client.close()
+
+
+def caller(credential: str) -> tuple[tuple[str, str], ...]:
+    """The metadata of somebody with the role trainer."""
+    return (*bearer(token_of(AccessRole.TRAINER)), *(((RUN_CREDENTIAL, credential),) if credential else ()))

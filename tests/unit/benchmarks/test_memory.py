@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,9 @@ def test_a_small_memory_is_measured_and_filled_once(
         assert {f"{name}{way}" for name in (*memory.SINGLE, "mix") for way in ("", ", gRPC")} <= times.keys()
         assert all(value > 0 for value in times.values())
         assert any(line.startswith("| numpy's product alone |") for line in lines)
-        filled.append(result["writes_per_s"])
+        assert result["writes_per_s"] > 0 < result["first_searches_s_1k"]
+        with closing(sqlite3.connect(tmp_path / "1000.db")) as database:
+            query = "SELECT entries FROM scopes WHERE name = 'asked'"
+            filled.append(database.execute(query).fetchone()[0])
     structlog.configure(**configuration)
-    assert filled[0] > 0 and filled[1] is None, "the second run finds the database"
+    assert filled == [1000, 1000], "the second run finds the database"

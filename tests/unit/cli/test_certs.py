@@ -261,3 +261,20 @@ def test_the_command_says_what_it_made(tmp_path: Path) -> None:
 def test_a_bad_option_is_refused_before_anything_is_made(tmp_path: Path, arguments: list[str], said: str) -> None:
     result = certs(tmp_path / "new", *arguments)
     assert result.exit_code == 2 and said in result.stderr and not (tmp_path / "new").exists()
+
+
+def test_other_servers_have_certificates_of_their_own_and_are_remembered(tmp_path: Path) -> None:
+    folder = tmp_path / "certs"
+    later(folder, 0)
+    assert later(folder, 1, others=["jaeger"]) == ["others/jaeger"]
+    assert trusts(folder / "services" / "env", folder / "others" / "jaeger", "jaeger")
+    assert not trusts(folder / "services" / "env", folder / "others" / "jaeger", "env")
+    assert later(folder, 2) == []
+    assert "others/jaeger" in later(folder, 300), "it is renewed without being named again"
+
+
+@pytest.mark.parametrize("name", ["../env", "a b", ".hidden", "urn:x", ""])
+def test_a_bad_name_of_another_server_is_refused(tmp_path: Path, name: str) -> None:
+    result = CliRunner().invoke(app, ["certs", str(tmp_path / "certs"), "--other", name])
+    assert result.exit_code == 2 and "no host name and no IP address" in " ".join(result.output.split())
+    assert not (tmp_path / "certs").exists()

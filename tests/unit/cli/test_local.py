@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -183,3 +185,48 @@ async def test_a_long_log_begins_anew_and_loses_nothing_that_comes_later(
     assert process.process is not None and process.process.wait(60) == 0
     assert log.read_bytes() == b"after\n" and process.log_end() == "after"
     assert (tmp_path / "memory.log.1").stat().st_size > 2000, "a short log is left as it is"
+
+
+async def test_what_is_written_is_private_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In folders that are new, and in logs that an earlier release made for everybody."""
+
+    async def no_wait(_: LocalServices) -> None:
+        return None
+
+    monkeypatch.setattr(LocalServices, "_wait_for_all", no_wait)
+    monkeypatch.setattr(local, "LOG_BYTES", 0)
+    before = os.umask(0o022)
+    try:
+        services = LocalServices(tmp_path / "runs" / "local")
+        monkeypatch.setattr(services, "_announce", lambda: None)
+        for process in services._processes.values():
+            process.command = ["sh", "-c", "echo said; sleep 60"]
+        (tmp_path / "runs" / "local" / "logs").mkdir(parents=True)
+        (tmp_path / "runs" / "local" / "logs" / "memory.log").write_text("from before\n")
+        async with services:
+            log = services.folder / "logs" / "memory.log"
+            await until(lambda: log.stat().st_size > len("from before\n"))
+            services._processes["memory"].rotate_log()
+    finally:
+        os.umask(before)
+    open_to_others = {path.name for path in services.folder.rglob("*") if path.stat().st_mode & 0o077}
+    assert open_to_others == {"logs"}, "a folder that was there keeps its mode"
+    assert (services.folder / "logs" / "memory.log.1").read_text() == "from before\nsaid\n"
+    assert (tmp_path / "runs").stat().st_mode & 0o077, "the umask is as it is for everything else"
+
+
+@pytest.mark.parametrize("words", [["up", "--config", "missing"], ["demo", "--recipe", "missing"]])
+def test_commands_that_run_services_keep_private_what_they_write(words: list[str], tmp_path: Path) -> None:
+    """Also what they write themselves, such as a chart."""
+    (tmp_path / "missing").write_text("no = settings")
+    program = (
+        "import os, sys\n"
+        "from mulligan.cli.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code, end\n"
+        "print('umask', oct(os.umask(0)))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=tmp_path, umask=0o022, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.splitlines()[-1] == "umask 0o77", ended.stderr

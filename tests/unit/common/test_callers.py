@@ -106,3 +106,18 @@ async def test_a_message_that_does_not_arrive_gives_its_place_away() -> None:
     assert await anext(messages) == 1
     with pytest.raises(DomainError, match=r"no request arrived for 0\.05 s"):
         await anext(messages)
+
+
+def test_calls_of_all_callers_together_have_a_limit_and_those_refused_are_not_remembered() -> None:
+    callers = Callers(CallerLimits(calls=2, calls_of_all=3))
+    visits = [Visit(callers, key, False) for key in ("a", "a", "b")]
+    for key in ("c", "d", "b"):
+        with pytest.raises(DomainError) as caught:
+            Visit(callers, key, False)
+        assert caught.value.metadata == {"limit": "calls_of_all"}
+    assert len(callers) == 2
+    visits.pop().end()
+    assert len(callers) == 1
+    for visit in (*visits, Visit(callers, "c", False)):
+        visit.end()
+    assert len(callers) == callers.calls == 0

@@ -18,6 +18,7 @@ from mulligan.memory.store import StoreError
 from mulligan.policy.config import PolicySettings
 from mulligan.trainer.config import TrainerSettings
 from tests.support.paths import IMPORT_ROOTS
+from tests.support.run_keys import write_keys
 from tests.support.tokens import token_of, write_tokens
 
 
@@ -117,6 +118,35 @@ def test_a_service_that_others_reach_asks_for_credentials(
         assert settings.load(["--host", host, "--insecure"]).tokens is None
     for host in ("localhost", "127.0.0.1", "127.0.0.2", "::1", "[::1]"):
         assert settings.load(["--host", host]).tokens is None
+
+
+@pytest.mark.parametrize("settings", [MemorySettings, TrainerSettings])
+def test_a_service_that_others_reach_warns_where_no_run_has_a_credential(
+    settings: type[ServiceSettings], tmp_path: Path
+) -> None:
+    beyond = ["--host", "0.0.0.0", "--tokens-folder", str(write_tokens(tmp_path))]
+    (warning,) = settings.load(beyond).warnings
+    assert warning.startswith("run_keys is not set: ")
+    assert settings.load([*beyond, "--run-keys", str(write_keys(tmp_path)[0])]).warnings == []
+    assert settings.load([]).warnings == [], "this machine alone reaches it"
+    assert EnvSettings.load(beyond).warnings == [], "runs have nothing of their own there"
+
+
+def test_what_settings_warn_of_is_in_the_log_at_the_start() -> None:
+    program = (
+        "import asyncio\n"
+        "from mulligan.common.server import run\n"
+        "from mulligan.memory.config import MemorySettings\n"
+        "run(MemorySettings(host='0.0.0.0', insecure=True), lambda: asyncio.sleep(0))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": IMPORT_ROOTS},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "run_keys is not set: " in ended.stdout + ended.stderr
 
 
 def test_a_trainer_sends_tokens_to_other_machines_over_tls_alone(

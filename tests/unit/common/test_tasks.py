@@ -7,7 +7,16 @@ import threading
 
 import pytest
 
-from mulligan.common.tasks import Broadcast, LoopThread, PrioritySlots, TimeLimit, TooLong, cancel, gather_or_cancel
+from mulligan.common.tasks import (
+    Broadcast,
+    LoopThread,
+    PrioritySlots,
+    TimeLimit,
+    TooLong,
+    cancel,
+    gather_or_cancel,
+    to_its_end,
+)
 
 
 class Failed(Exception):
@@ -223,3 +232,27 @@ async def test_a_time_limit_is_not_taken_for_a_cancellation_nor_the_reverse() ->
 
 async def _fails() -> None:
     raise TimeoutError("of the wait itself")
+
+
+async def test_work_that_ends_though_its_caller_is_cancelled() -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    ended = []
+
+    async def work() -> None:
+        begun.set()
+        await go_on.wait()
+        ended.append(True)
+        raise Failed
+
+    caller = asyncio.create_task(to_its_end(work()))
+    await begun.wait()
+    caller.cancel()
+    await asyncio.sleep(0)
+    assert not caller.done(), "it waits for the end"
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert ended == [True]
+    assert await to_its_end(returned(3)) == 3
+    with pytest.raises(Failed):
+        await to_its_end(failing())

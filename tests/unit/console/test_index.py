@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mulligan.console.index import Bin, ExperienceFilter, ExperienceIndex
+from mulligan.console.histogram import Bin, histogram
+from mulligan.console.index import _MOST_RUNS, ExperienceFilter, ExperienceIndex
 from mulligan.testing.recorded_runs import write_run, write_step
 from mulligan.trainer.journal import journal_file
 
@@ -72,6 +73,52 @@ def test_a_histogram_of_few_and_of_many_rewards(index: ExperienceIndex, tmp_path
     assert index.rewards(ExperienceFilter("run"), bins=1) == [Bin(0.0, 1.0, 12)]
     assert index.rewards(ExperienceFilter("nobody")) == []
     assert index.choices("run")["role"] == ["first", "reflection", "second"]
+
+
+def test_bins_of_many_rewards_have_all_of_them() -> None:
+    rewards = [(place * 37 % 1000) / 999 for place in range(1000)]
+    found = histogram(rewards)
+    assert len(found) == 20 and (found[0].low, round(found[-1].high, 12)) == (0.0, 1.0)
+    assert [one.count for one in found] == [50] * 20
+    assert all(sum(one.low <= reward < one.high for reward in rewards) in (49, 50, 51) for one in found)
+    assert histogram([]) == [] and histogram([0.5]) == [Bin(0.5, 0.5, 1)]
+
+
+def test_a_page_has_the_bins_of_all_rewards(index: ExperienceIndex, tmp_path: Path) -> None:
+    write_run(tmp_path, "run")
+    read(index, tmp_path, "run", 3)
+    wanted = ExperienceFilter("run", role="first", reward_from=1.0, reward_to=1.0)
+    page = index.page(wanted, limit=4)
+    assert (page.count, len(page.rows), page.bins) == (6, 4, [Bin(0.0, 0.0, 6), Bin(1.0, 1.0, 6)])
+    assert page.rows == index.find(wanted, limit=4).rows
+    assert index.page(ExperienceFilter("run", text="legend")).bins == [Bin(0.0, 0.0, 6)]
+
+
+def test_what_another_process_indexes_is_found(index: ExperienceIndex, tmp_path: Path) -> None:
+    """Two consoles may show one folder. A filter has what either wrote, also in place of what it had."""
+    folder = write_run(tmp_path, "run", steps=2)
+    other = ExperienceIndex(tmp_path / "cache" / "index.sqlite")
+    read(other, tmp_path, "run", 1)
+    assert index.find(ExperienceFilter("run")).count == 4
+    read(other, tmp_path, "run", 2)
+    assert index.find(ExperienceFilter("run", text="legend")).count == 4
+    file = journal_file(folder.journal, 1)
+    file.unlink()
+    write_step(folder, "run", 1, groups=3, rollouts=3, says="anew")
+    read(other, tmp_path, "run", 2)
+    assert [index.find(ExperienceFilter("run", step=step)).count for step in (0, 1)] == [4, 9]
+    assert index.find(ExperienceFilter("run", text="anew")).count == 6
+    other.close()
+
+
+def test_facts_of_runs_that_were_looked_at_long_ago_are_read_again(index: ExperienceIndex, tmp_path: Path) -> None:
+    runs = [f"run-{number}" for number in range(_MOST_RUNS + 2)]
+    for run in runs:
+        write_run(tmp_path, run, steps=1)
+        read(index, tmp_path, run, 1)
+    for run in [*runs, *runs]:
+        assert index.find(ExperienceFilter(run)).count == 4
+    assert list(index._facts) == runs[2:]
 
 
 def test_a_file_is_read_again_when_it_has_changed(index: ExperienceIndex, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.cells import cell_len
 from textual.pilot import Pilot
 from textual.widgets import Input
 
+from mulligan.console.facts import packed
 from mulligan.console.index import ExperienceIndex
 from mulligan.console.terminal.app import THEMES, ExperienceBrowser, warnings_kept
 from mulligan.console.terminal.rows import RowsView
@@ -195,7 +196,7 @@ async def test_a_hundred_thousand_experiences(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "run", steps=1)
     index = ExperienceIndex(tmp_path / "index.sqlite")
     index.add_step("run", 0, folder.journal / "000000.msgpack")
-    copied = "environment, task_id, algorithm, roles, rewards, outcome, reward, gain, turns, tokens, memory, text"
+    copied = "environment, task_id, algorithm, roles, rewards, outcome, reward, gain, turns, tokens, memory"
     steps = "WITH RECURSIVE steps (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM steps WHERE n < 25000)"
     name = "'run-s' || n || '-t' || slot || '-r' || rollout"
     columns = "run, step, slot, rollout, experience_id"
@@ -203,6 +204,15 @@ async def test_a_hundred_thousand_experiences(tmp_path: Path) -> None:
         f"INSERT INTO experiences ({columns}, {copied}) {steps} SELECT run, n, slot, rollout, {name}, {copied} "
         "FROM steps, experiences WHERE step = 0"
     )
+    facts = (
+        "SELECT id, step, slot, rollout, reward, (SELECT id FROM codes WHERE value = roles), 0, 0 FROM experiences "
+        "WHERE step > 0 ORDER BY step"
+    )
+    by_step = itertools.groupby(index._writer.execute(facts).fetchall(), key=lambda row: row[1])
+    files = [("run", step, packed(list(rows))) for step, rows in by_step]
+    index._writer.execute("BEGIN")
+    index._writer.executemany("INSERT INTO files (run, step, facts) VALUES (?, ?, ?)", files)
+    index._writer.execute("COMMIT")
     index.close()
     async with looking(folder.path, tmp_path, count=100_004) as one:
         rows = one.app.screen.query_one(RowsView)

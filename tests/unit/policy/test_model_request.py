@@ -14,7 +14,7 @@ from mulligan.policy.config import PolicySettings
 from mulligan.policy.model_request import ModelRequest, settings_digest
 from tests.support.settings import model_settings
 
-SGLANG = {"backend": "sglang", "sglang": {"servers": ["http://h:1"], "api_key": "k"}}
+SGLANG = {"backend": "sglang", "sglang": {"servers": ["http://h:1"], "api_key": "k", "insecure": True}}
 # The policy's own settings, the digest that 0.1.0 made of them, and that of today.
 DIGESTS = [
     (
@@ -25,7 +25,7 @@ DIGESTS = [
     (
         SGLANG,
         "7747f4eec4b538f1cfc927189c6fe4bc430c417eac44ee95f959004ec078547f",
-        "13c0481ce7844a9a4d54dc17fe807dee7892f3b291e5c081b9e3dde799e379e1",
+        "3407832c8381788601ca89d69a264f406ea1e2a914ccd972f1d0a5f38407b8b0",
     ),
     (
         {"backend": "openai", "model": "x", "openai": {"base_url": "http://e"}},
@@ -76,7 +76,7 @@ def test_keys_stay_with_the_servers_that_they_are_of(tmp_path: Path) -> None:
     """A caller that names other servers does not have them told the key, and names no file of this machine."""
     key = tmp_path / "key"
     key.write_text("the-key")
-    own = model_settings(backend="sglang", sglang=SglangSettings(servers=("http://h:1",), api_key_file=key))
+    own = model_settings(backend="sglang", sglang=SglangSettings(servers=("https://h:1",), api_key_file=key))
     same = ModelRequest(model="m", options={"sglang.request_seconds": "9"}).settings(own)
     assert same.own_as(SglangSettings).key == SecretStr("the-key")
     elsewhere = ModelRequest(model="m", options={"sglang.servers": '["http://other:1"]'}).settings(own)

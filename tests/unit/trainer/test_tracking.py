@@ -135,10 +135,10 @@ async def test_a_writer_that_is_gone_is_a_notice_of_a_resumed_run(tmp_path: Path
     assert len(notices) == 1 and f"there is no metric writer '{NAME}'" in notices[0]
 
 
-def test_an_unknown_writer_is_refused_with_the_nearest_name() -> None:
+async def test_an_unknown_writer_is_refused_with_the_nearest_name() -> None:
     settings = RunSettings(environment="e", tracking=TrackingSettings(writers=("tensorbord",)))
     with pytest.raises(DomainError) as refused:
-        RunAdmission().check(None, "run-1", settings)
+        await RunAdmission().check(None, "run-1", settings)
     assert refused.value.reason is Reason.INVALID_SETTING
     assert refused.value.metadata["field"] == "tracking.writers[0]"
     assert "did you mean 'tensorboard'?" in refused.value.message

@@ -40,7 +40,9 @@ KeyFile = Annotated[Path, AfterValidator(_with_key)]
 class ServerSettings(BackendSettings):
     """Servers that run at `servers`. If none are named, this service launches and supervises some."""
 
-    local_only: ClassVar = frozenset({"python", "flags", "environment", "api_key_file", "folder", "folder_in_engine"})
+    local_only: ClassVar = frozenset(
+        {"python", "flags", "environment", "api_key_file", "insecure", "folder", "folder_in_engine"}
+    )
     exclusive: ClassVar = frozenset({"servers"})
 
     servers: tuple[str, ...] = Field((), description="Addresses of running servers, such as http://127.0.0.1:30000.")
@@ -51,6 +53,9 @@ class ServerSettings(BackendSettings):
     start_seconds: float = Field(900.0, gt=0, description="How long a launched server may take until it is ready.")
     api_key: SecretStr | None = Field(None, description="The servers' --api-key.")
     api_key_file: KeyFile | None = Field(None, description="The file with it, instead.")
+    insecure: bool = Field(
+        False, description="The keys may go to other machines without TLS, over a network in which you trust everybody."
+    )
     folder: Path | None = Field(
         None,
         description="Where weights are put for the engines to load, shared with them, whose group may read them; the "

@@ -11,6 +11,7 @@ import msgspec
 from pydantic import SecretStr
 
 from mulligan.common.foreign import kept
+from mulligan.common.tracing import headers
 
 CONTROL_SECONDS = 30.0  # for what needs no work in the model
 _MESSAGE_LENGTH = 2000  # bytes of an answer that is no JSON
@@ -78,7 +79,7 @@ class HttpConnection:
             async with self._session.post(
                 f"{self.address}{self.generate_path}",
                 data=body,
-                headers=self._headers,
+                headers={**self._headers, **headers()},
                 timeout=_timeout(None, between=timeout),
             ) as response:
                 if response.status != 200:
@@ -95,12 +96,10 @@ class HttpConnection:
             raise Unreachable(f"{self.address} does not answer: {error or type(error).__name__}") from error
         raise Unreachable(f"{self.address} broke off")
 
-    async def _call(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout: float
-    ) -> bytes:
+    async def _call(self, method: str, path: str, body: bytes | None, own: Mapping[str, str], timeout: float) -> bytes:
         try:
             async with self._session.request(
-                method, f"{self.address}{path}", data=body, headers=headers, timeout=_timeout(timeout)
+                method, f"{self.address}{path}", data=body, headers={**own, **headers()}, timeout=_timeout(timeout)
             ) as response:
                 answer = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:

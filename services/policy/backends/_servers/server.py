@@ -72,6 +72,12 @@ class EngineServer(ABC):
     # What it is
 
     @staticmethod
+    def load_format(flags: Sequence[str]) -> list[str]:
+        """A pickle can run code, so an engine loads safetensors alone, unless the flags name another format."""
+        named = any(flag.partition("=")[0].replace("_", "-") == "--load-format" for flag in flags)
+        return [] if named else ["--load-format", "safetensors"]
+
+    @staticmethod
     @abstractmethod
     def launch_arguments(
         source: str, label: str, port: int, flags: Sequence[str], key_file: Path | None = None

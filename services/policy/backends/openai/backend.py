@@ -31,6 +31,7 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.proxies import is_direct
 from mulligan.common.tasks import cancel
 from mulligan.common.text import bounded
+from mulligan.common.tracing import headers
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
 from mulligan.policy.backends.openai import Settings
 from mulligan.policy.backends.openai.chat import (
@@ -302,7 +303,7 @@ class OpenAIBackend:
         while True:
             try:
                 return await self._endpoint.client.chat.completions.create(
-                    **request, extra_body=self._own.extra_body or None
+                    **request, extra_body=self._own.extra_body or None, extra_headers=headers() or None
                 )
             except openai.BadRequestError as error:
                 if "max_tokens" in request and "max_completion_tokens" in _said(error):

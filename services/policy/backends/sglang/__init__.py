@@ -23,7 +23,7 @@ class Settings(ServerSettings):
 
     local_only: ClassVar = ServerSettings.local_only | {"admin_api_key_file"}
     in_0_1_0: ClassVar[bool] = True
-    after_0_1_0: ClassVar = frozenset({"api_key_file", "admin_api_key_file"})
+    after_0_1_0: ClassVar = frozenset({"api_key_file", "admin_api_key_file", "insecure"})
     credentials: ClassVar = {"servers": _KEYS, "router": _KEYS}
 
     router: str = Field("", description="Address of SGLang's router over `servers`; requests go through it.")

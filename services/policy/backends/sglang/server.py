@@ -50,7 +50,7 @@ class SglangServer(EngineServer):
         arguments += ["--host", "127.0.0.1", "--port", str(port), "--weight-version", label]
         if "--incremental-streaming-output" not in flags:  # without it a stream repeats what came before
             arguments.append("--incremental-streaming-output")
-        return [*arguments, *flags]
+        return [*arguments, *EngineServer.load_format(flags), *flags]
 
     @property
     def incremental(self) -> bool:

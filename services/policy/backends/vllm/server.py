@@ -60,7 +60,8 @@ class VllmServer(EngineServer):
     ) -> list[str]:
         arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", source]
         arguments += ["--host", "127.0.0.1", "--port", str(port)]
-        return [*arguments, "--enable-scale-out", "--logprobs-mode", "processed_logprobs", *flags]
+        arguments += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs"]
+        return [*arguments, *EngineServer.load_format(flags), *flags]
 
     @property
     def context_length(self) -> int:

@@ -26,13 +26,12 @@ from mulligan.trainer.learner import servicer as servicer_module
 from mulligan.trainer.learner.client import LEASE_SECONDS, LearnerClient
 from mulligan.trainer.learner.held import UNANSWERED_SECONDS
 from mulligan.trainer.learner.learner import Learner
-from mulligan.trainer.learner.servicer import LearnerServicer, add_to_server
+from mulligan.trainer.learner.servicer import LearnerServicer
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
 from tests.contract.trainer.learner.test_service import forward_backward, refusal
 from tests.support.learning import server_settings, spec
 from tests.support.tiny_model import write_tiny_model
-from tests.support.vanishing import at_each_wait, vanishing
 
 LEASE = 3600.0  # far longer than a test takes
 IDS: dict[str, Any] = {"learner_id": "learner", "owner": "run"}
@@ -194,43 +193,15 @@ async def test_a_caller_that_vanishes_while_its_learner_is_made(
         assert made == ["learner", "another"]
 
 
-async def test_a_caller_that_vanishes_at_any_moment_leaves_nothing(tmp_path: Path, tiny: Path) -> None:
-    servicer = LearnerServicer(server_settings(tmp_path))
-    ids: dict[str, Any] = {"owner": "run"}
-
-    def create(name: str = "learner") -> pb.CreateLearnerRequest:
-        return pb.CreateLearnerRequest(learner_id=name, model=pb.ModelConfig(source=str(tiny)), **ids)
-
-    async def made(answer: Any) -> None:
-        await stub.CreateLearner(create())
-        listed = await stub.ListLearners(pb.ListLearnersRequest())
-        assert [info.learner_id for info in listed.learners] == ["learner"], "one, which is idle"
-        assert not any(info.idle.seconds for info in listed.learners)
-        await stub.DeleteLearner(pb.DeleteLearnerRequest(learner_id="learner", **ids))
-        assert not (await stub.ListLearners(pb.ListLearnersRequest())).learners
-
-    sequence = 1
-
-    async def stepped(answer: Any) -> None:
-        nonlocal sequence
-        again = await stub.OptimStep(pb.OptimStepRequest(learner_id="learner", sequence=sequence, **ids))
-        assert answer is None or answer == again
-        sequence += 1
-        found = await stub.GetLearner(pb.GetLearnerRequest(learner_id="learner"))
-        assert found.next_sequence == sequence
-        [held] = servicer._held
-        assert held.calls == 0
-
-    async with vanishing(lambda server: add_to_server(server, servicer)) as (caller, channel):
-        stub = pb_grpc.LearnerServiceStub(channel)
-        assert await at_each_wait(caller, lambda: stub.CreateLearner(create()), made) > 0
-        await stub.CreateLearner(create())
-
-        def step() -> Any:
-            return stub.OptimStep(pb.OptimStepRequest(learner_id="learner", sequence=sequence, **ids))
-
-        assert await at_each_wait(caller, step, stepped) > 0
-    await servicer.close()
+async def test_a_client_that_is_cancelled_while_its_learner_is_made_leaves_none(served: Served, tiny: Path) -> None:
+    for number in range(8):
+        task = asyncio.create_task(LearnerClient.create(served.endpoint, "learner", "run", spec(tiny)))
+        await asyncio.sleep(0.004 * number)
+        if task.cancel():
+            await asyncio.wait([task])
+        if not task.cancelled():
+            await task.result().close()
+        assert await served.held() == []
 
 
 async def test_of_many_that_come_at_once_one_gets_the_place(served: Served) -> None:

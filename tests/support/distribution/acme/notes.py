@@ -181,9 +181,9 @@ class Notes:
         if old.deleted_version is not None:
             raise _unknown(old.reflection_id)
         if note.revised_by is not None and note.revised_by[0] == rewriting.request_id:
-            if any(getattr(rewriting, name) not in (None, getattr(old, name)) for name in ("text", "key", "tags")):
-                message = f"request {rewriting.request_id!r} rewrote {old.reflection_id!r} in another way"
-                raise DomainError(Reason.REQUEST_CONFLICT, message)
+            again = (rewriting.text, rewriting.key, rewriting.tags)
+            if any(new not in (None, known) for known, new in zip((old.text, old.key, old.tags), again, strict=True)):
+                raise DomainError(Reason.REQUEST_CONFLICT, f"{rewriting.request_id!r} rewrote it in another way")
             return note.revised_by[1]
         if rewriting.text is not None and old.kind is ReflectionKind.EPISODE:
             raise DomainError(Reason.RAW_ENTRY, f"{old.reflection_id!r} is an episode")

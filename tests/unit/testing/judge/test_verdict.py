@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mulligan.common.types import Outcome
+from mulligan.testing.judge.access import NO_RUN, OTHER_RUN
 from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.verdict import judge
 from tests.support.effort import examples
@@ -230,6 +231,19 @@ def a_reader_who_writes(made: Made, chance: random.Random) -> Made:
     return replace(made, calls=[*made.calls, replace(call, caller="stranger", credential="reader")])
 
 
+def a_trainer_of_another_run_who_writes(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "AddReflection")
+    return replace(made, calls=[*made.calls, replace(call, caller="stranger", credential=OTHER_RUN)])
+
+
+def a_trainer_without_a_run_whose_call_is_looked_at(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "OptimStep")
+    refused = replace(call, caller="stranger", credential=NO_RUN, answer=None, code="ABORTED")
+    kept_out = replace(refused, code="PERMISSION_DENIED", reason="RUN_CREDENTIAL")
+    assert not judge([*made.calls, kept_out], made.final, made.environments)
+    return replace(made, calls=[*made.calls, replace(refused, reason="SEQUENCE_MISMATCH")])
+
+
 def an_owner_who_is_refused(made: Made, chance: random.Random) -> Made:
     call = chance.choice(made.calls)
     return changed(made, call, answer=None, code="UNAUTHENTICATED", reason="BAD_CREDENTIAL")
@@ -269,6 +283,8 @@ CHANGES: dict[Change, str] = {
     a_reward_that_is_another: "rewards",
     a_stranger_who_is_answered: "access",
     a_reader_who_writes: "access",
+    a_trainer_of_another_run_who_writes: "access",
+    a_trainer_without_a_run_whose_call_is_looked_at: "access",
     an_owner_who_is_refused: "access",
     a_run_that_fails: "run",
 }

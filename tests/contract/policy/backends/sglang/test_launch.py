@@ -61,6 +61,7 @@ async def test_the_end_of_the_log_says_why_a_server_did_not_start(tmp_path: Path
     message = await _refused(tmp_path, python=python, flags=("--tp", "2"))
     assert "status 3" in message and "out of memory" in message
     assert f"-m sglang.launch_server --model-path {models.EMBEDDED}" in message
+    assert "--load-format safetensors" in message
     assert "--weight-version 0-original" in message and message.rstrip().endswith("--tp 2")
 
 

@@ -423,7 +423,7 @@ async def test_a_launched_server_is_told_what_the_backend_needs(tmp_path: Path) 
     arguments = told[: told.index("2") + 1]
     assert list(arguments[:4]) == ["-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"]
     assert "--enable-scale-out" in arguments and "processed_logprobs" in arguments
-    assert list(arguments[-2:]) == ["--tensor-parallel-size", "2"]
+    assert list(arguments[-4:]) == ["--load-format", "safetensors", "--tensor-parallel-size", "2"]
 
 
 async def _all(parts: AsyncIterator[Sampled]) -> list[Sampled]:
