@@ -11,7 +11,7 @@ from mulligan.common.reflections import Labels, Provenance, ReflectionQuery, Ret
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
 from mulligan.env.base import Environment, Episode
 from mulligan.memory.retrieval import retrieve
-from mulligan.memory.store import NewReflection, Store
+from mulligan.memory.store import NewReflection, Rewriting, Store
 from mulligan.memory.trials import with_uses
 
 
@@ -79,6 +79,19 @@ class LocalMemory:
     ) -> str:
         new = NewReflection(request_id, scope, text, provenance, labels or Labels(), unless_known=unless_known)
         return (await self._store.add(new)).reflection_id
+
+    async def revise(
+        self,
+        reflection_id: str,
+        request_id: str,
+        expected_revision: int,
+        *,
+        text: str | None = None,
+        tags: Sequence[str] | None = None,
+    ) -> int:
+        new_tags = None if tags is None else tuple(tags)
+        rewriting = Rewriting(reflection_id, request_id, expected_revision, text, tags=new_tags)
+        return (await self._store.revise(rewriting)).revision
 
     async def report(self, outcomes: Sequence[UseOutcome]) -> int:
         return await self._store.report(outcomes)

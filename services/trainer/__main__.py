@@ -67,13 +67,7 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
         manager.notice(text)
 
     async def open_learner(run_id: str, run_settings: RunSettings) -> LearnerPort:
-        spec = LearnerSpec(
-            model=run_settings.model,
-            optimizer=run_settings.optimizer,
-            seed=run_settings.seed,
-            deterministic=run_settings.deterministic,
-            keep_checkpoints=run_settings.keep_checkpoints,
-        )
+        spec = _spec(run_settings)
         endpoint = settings.endpoint("learner") if settings.learner_address else settings.own_endpoint(own_address)
         endpoint = replace(endpoint, run_credential=settings.run_credential(run_id))
         return await LearnerClient.create(endpoint, run_id, run_id, spec, notice)
@@ -119,6 +113,16 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
             await client.close()
         await learner_servicer.close()
         folders.close()
+
+
+def _spec(settings: RunSettings) -> LearnerSpec:
+    return LearnerSpec(
+        model=settings.model,
+        optimizer=settings.optimizer,
+        seed=settings.seed,
+        deterministic=settings.deterministic,
+        keep_checkpoints=settings.keep_checkpoints,
+    )
 
 
 async def _learner_ids(settings: TrainerSettings, own: learners.LearnerServicer) -> Collection[str]:

@@ -108,6 +108,19 @@ class MemoryPort(Protocol):
         """Returns the reflection's id. A repeated request id changes nothing. With `unless_known` the id is that of an
         entry of the scope that has this environment, kind and text, if there is one."""
 
+    async def revise(
+        self,
+        reflection_id: str,
+        request_id: str,
+        expected_revision: int,
+        *,
+        text: str | None = None,
+        tags: Sequence[str] | None = None,
+    ) -> int:
+        """Rewrites what is given, and returns the new revision. A repeated request id changes nothing while its
+        revision is the newest. Raises DomainError REVISION_CONFLICT where the newest revision is another one, and
+        UNKNOWN_REFLECTION for what is deleted or erased."""
+
     async def report(self, outcomes: Sequence[UseOutcome]) -> int:
         """Returns how many uses counted: each counts once. Raises DomainError UNKNOWN_USE, and records none."""
 

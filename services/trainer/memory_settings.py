@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,7 @@ from mulligan.common.reflections import MixPart, RetrievalStrategy
 __all__ = ["MemoryPartSettings", "MemoryReaders", "MemoryUseSettings", "MemoryWrites"]
 
 _MOST_ENTRIES = 100  # of a query
+_LONGEST_KEY = 200  # as the memory's contract has it
 _BY_CLAIMS = (RetrievalStrategy.LATEST_SUCCESS, RetrievalStrategy.TOP_GAIN)
 _BY_TEXT = (RetrievalStrategy.SIMILAR_WORDS, RetrievalStrategy.SIMILAR_MEANING)
 _HOLDOUT = 0.25
@@ -65,6 +66,33 @@ class MemoryUseSettings(PluginSettings):
     memory_episodes: bool = False
     memory_family: bool = False
     memory_scope: str | None = None
+    memory_document: str = Field("", max_length=_LONGEST_KEY)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _document_is_read(cls, table: Any) -> Any:
+        """Who names a document and no strategy means to read it."""
+        if isinstance(table, Mapping) and table.get("memory_document") and "memory_strategy" not in table:
+            return {**table, "memory_strategy": RetrievalStrategy.BY_KEY}
+        return table
+
+    @model_validator(mode="after")
+    def _document_can_be_written(self) -> Self:
+        if not self.memory_document:
+            return self
+        if self.memory_writes is MemoryWrites.NONE:
+            problem = 'expected nothing, as memory_writes = "none": no reflection would rewrite the document'
+            raise located({("memory_document",): problem})
+        if self.by_claims:
+            problem = (
+                'expected "by_key", or a strategy by what was measured, as memory_document is set: the success that '
+                "the writer of its first text claims says nothing of later texts"
+            )
+            raise located({("memory_strategy",): problem})
+        if self.memory_family:
+            problem = "expected false, as memory_document is set: it is of all tasks of its environment"
+            raise located({("memory_family",): problem})
+        return self
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:
@@ -76,12 +104,19 @@ class MemoryUseSettings(PluginSettings):
         if sum(part.limit for part in self.memory_mix) > _MOST_ENTRIES:
             raise located({("memory_mix",): f"expected at most {_MOST_ENTRIES} entries in the sum of the limits"})
         for field, strategy in self.strategies:
-            if strategy is RetrievalStrategy.BY_KEY:
-                problem = 'expected another strategy than "by_key": a run has no key to ask for'
-                raise located({tuple(field.split(".")): problem})
-            if field != "memory_strategy" and strategy is RetrievalStrategy.MIX:
-                raise located({tuple(field.split(".")): 'expected another strategy than "mix", which is not nested'})
+            if problem := self._problem(strategy, nested=field != "memory_strategy"):
+                raise located({tuple(field.split(".")): f'expected another strategy than "{strategy}"{problem}'})
         return self
+
+    def _problem(self, strategy: RetrievalStrategy, *, nested: bool) -> str:
+        """Why it cannot be asked; empty if it can."""
+        if nested and strategy is RetrievalStrategy.MIX:
+            return ", which is not nested"
+        if nested and strategy is RetrievalStrategy.BY_KEY:
+            return ": a mix has no key to ask for"
+        if strategy is RetrievalStrategy.BY_KEY and not self.memory_document:
+            return ", or a key to ask for in memory_document"
+        return ""
 
     @property
     def strategies(self) -> Iterator[tuple[str, RetrievalStrategy]]:

@@ -114,6 +114,9 @@ def idle_notices(settings: RunSettings) -> list[str]:
     if algorithm.memory_entries == 0:
         read = ("memory_strategy", "memory_mix", "memory_tokens", "memory_holdout", "memory_readers", "memory_family")
         given = [setting for setting in read if _is_given(algorithm, setting)]
+        if algorithm.memory_document:
+            found.append("algorithm.memory_document: the run does not read it with algorithm.memory_entries = 0")
+            given = [setting for setting in given if setting != "memory_strategy"]  # it follows from the document
         found += [f"algorithm.{setting}: it has no effect with algorithm.memory_entries = 0" for setting in given]
     return found
 

@@ -12,6 +12,7 @@ from mulligan.common.reflections import (
     MAX_TEXT_BYTES,
     ReflectionKind,
     ReflectionQuery,
+    RetrievalStrategy,
     Retrieved,
     StoredReflection,
     Trial,
@@ -118,14 +119,18 @@ def scope_of(settings: RunSettings, run_id: str) -> str:
 def query_of(
     settings: MemoryUseSettings, scope: str, environment: str, task_id: str = "", version: int | None = None
 ) -> ReflectionQuery:
-    """What is asked before a task is played. Strategies that go by claims retrieve advice alone, no episodes."""
+    """What is asked before a task is played. Strategies that go by claims retrieve advice alone, no episodes. By key,
+    the run's document is asked for."""
+    by_key = settings.memory_strategy is RetrievalStrategy.BY_KEY
+    kinds = (ReflectionKind.DOCUMENT,) if by_key else ()
     return ReflectionQuery(
         scope,
         environment,
         settings.memory_strategy,
         sum(part.limit for part in settings.memory_mix) or settings.memory_entries,
         version,
-        kinds=_ADVICE if settings.by_claims else (),
+        kinds=_ADVICE if settings.by_claims else kinds,
+        key=settings.memory_document if by_key else "",
         task_prefix="".join(task_id.rpartition("/")[:2]) if settings.memory_family else "",
         max_tokens=settings.memory_tokens,
         mix=settings.mix,

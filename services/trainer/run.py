@@ -391,7 +391,7 @@ class Run:
         with span("publish"):
             await self._publish(policy)
         with span("memorise"):
-            await runner.memorise(step.kept, step.replaced)
+            await runner.memorise(step.kept, step.replaced, rewrites=journal.completed is None)
         metrics |= {
             "policy_version": float(policy.version),
             "seconds": _clock() - start,

@@ -18,6 +18,7 @@ from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.common.tracing import span
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
+from mulligan.trainer.document import RewrittenDocument, best_of
 from mulligan.trainer.harness import Harness, NotRepeatable
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.member import Member, NoRecorder, Peers, Recorder
@@ -201,14 +202,20 @@ class StepRunner:
             self.minibatches_learned += 1
         return mean_metrics(metrics) | left_out
 
-    async def memorise(self, experiences: Sequence[Experience], replaced: Sequence[Experience] = ()) -> None:
-        """Stores the lessons of the step, and first attempts with `memory_episodes`. Reports the rewards of what was
-        read, also in groups that were `replaced`: evidence must not depend on the rewards.
+    async def memorise(
+        self, experiences: Sequence[Experience], replaced: Sequence[Experience] = (), *, rewrites: bool = True
+    ) -> None:
+        """Stores the lessons of the step, and first attempts with `memory_episodes`. With `memory_document` the best
+        lesson rewrites the document instead, unless the step is known to have rewritten it: `rewrites`. Reports the
+        rewards of what was read, also in groups that were `replaced`: evidence must not depend on the rewards.
 
         A repetition has the same ids, and adds nothing.
         """
+        key = self.settings.algorithm.memory_document
+        if key and rewrites:
+            await self._rewrite(RewrittenDocument(self.memory, self.memory_scope, key, self.run_id), experiences)
         for experience in experiences:
-            for lesson in self._played[experience.experience_id].lessons:
+            for lesson in self._played[experience.experience_id].lessons if not key else ():
                 before, after = lesson.reward_before, lesson.reward_after
                 await self._store(experience, lesson.text, lesson.text.text, before, after, Labels())
             first = experience.samples[0] if experience.samples else None
@@ -219,12 +226,24 @@ class StepRunner:
         if outcomes := self._outcomes([*experiences, *replaced]):
             await self.memory.report(outcomes)
 
+    async def _rewrite(self, document: RewrittenDocument, experiences: Sequence[Experience]) -> None:
+        lessons = [(one, lesson) for one in experiences for lesson in self._played[one.experience_id].lessons]
+        for one, lesson in best_of(lessons):
+            origin = self._origin(one, lesson.text, lesson.reward_before, lesson.reward_after)
+            await document.rewrite(lesson.text.sample_id, lesson.text.text, origin, one.step)
+
     async def _store(
         self, experience: Experience, source: Sample, text: str, before: float, after: float, labels: Labels
     ) -> None:
         if not 0 < len(text.encode()) <= MAX_TEXT_BYTES:
             return
-        provenance = Provenance(
+        origin = self._origin(experience, source, before, after)
+        # Equal texts share their evidence, where a run goes by that.
+        by_evidence = not self.settings.algorithm.by_claims
+        await self.memory.add(source.sample_id, self.memory_scope, text, origin, labels, unless_known=by_evidence)
+
+    def _origin(self, experience: Experience, source: Sample, before: float, after: float) -> Provenance:
+        return Provenance(
             run_id=self.run_id,
             experience_id=experience.experience_id,
             environment=experience.environment,
@@ -234,9 +253,6 @@ class StepRunner:
             reward_after=after,
             success=reaches(after, self.settings.algorithm.success_threshold),
         )
-        # Equal texts share their evidence, where a run goes by that.
-        by_evidence = not self.settings.algorithm.by_claims
-        await self.memory.add(source.sample_id, self.memory_scope, text, provenance, labels, unless_known=by_evidence)
 
     def _outcomes(self, experiences: Sequence[Experience]) -> list[UseOutcome]:
         algorithm = self.settings.algorithm

@@ -288,10 +288,12 @@ class FakePolicy:
 
 @dataclass
 class FakeMemory:
-    """The latest entries of any strategy, as of a version; each report makes a version, too. A use leaves out the entry
-    at the place that `left_out(use key)` names; by default none does."""
+    """The latest entries of any strategy, as of a version, and of a key if one is asked for; each report makes a
+    version, too. A use leaves out the entry at the place that `left_out(use key)` names; by default none does."""
 
     entries: list[StoredReflection] = field(default_factory=list)
+    revisions: list[tuple[int, StoredReflection]] = field(default_factory=list)  # the later ones, by version
+    revised_by: dict[str, str] = field(default_factory=dict)  # by entry: request id of the newest revision
     queries: list[tuple[ReflectionQuery, Trial | None]] = field(default_factory=list)
     left_out: Callable[[str], int | None] = lambda key: None
     drawn: dict[str, Use] = field(default_factory=dict)
@@ -304,10 +306,14 @@ class FakeMemory:
     async def query(self, query: ReflectionQuery, trial: Trial | None = None) -> Retrieved:
         self.queries.append((query, trial))
         version = self.version if query.version is None else query.version
-        seen = [entry for entry in self.entries if entry.version <= version]
-        found = tuple(reversed(seen))[: query.limit]
+        seen = [self._as_of(entry, version) for entry in self.entries if entry.version <= version]
+        found = tuple(entry for entry in reversed(seen) if _is_asked(query, entry, version))[: query.limit]
         keys = trial.use_keys if trial and found else ()
         return Retrieved(found, version, tuple(self._use(key, found) for key in keys))
+
+    def _as_of(self, entry: StoredReflection, version: int) -> StoredReflection:
+        revisions = [one for made, one in self.revisions if made <= version]
+        return next((one for one in reversed(revisions) if one.reflection_id == entry.reflection_id), entry)
 
     def _use(self, key: str, found: Sequence[StoredReflection]) -> Use:
         place = self.left_out(key)
@@ -324,7 +330,8 @@ class FakeMemory:
         *,
         unless_known: bool = False,
     ) -> str:
-        kind = (labels or Labels()).kind
+        labels = labels or Labels()
+        kind = labels.kind
         wanted = (provenance.environment, kind, text)
         same = [one for one in self.entries if (one.provenance.environment, one.kind, one.text) == wanted]
         if unless_known and same:
@@ -332,14 +339,49 @@ class FakeMemory:
         if all(entry.reflection_id != request_id for entry in self.entries):
             self.version += 1
             now = datetime.now(UTC)
-            self.entries.append(StoredReflection(request_id, scope, text, provenance, self.version, now, kind=kind))
+            entry = StoredReflection(request_id, scope, text, provenance, self.version, now, kind=kind)
+            self.entries.append(replace(entry, key=labels.key, tags=labels.tags))
         return request_id
+
+    async def revise(
+        self,
+        reflection_id: str,
+        request_id: str,
+        expected_revision: int,
+        *,
+        text: str | None = None,
+        tags: Sequence[str] | None = None,
+    ) -> int:
+        first = next((one for one in self.entries if one.reflection_id == reflection_id), None)
+        old = self._as_of(first, self.version) if first else None
+        if old is None or old.deleted_version is not None:
+            raise DomainError(Reason.UNKNOWN_REFLECTION, reflection_id)
+        if self.revised_by.get(reflection_id) == request_id:
+            return old.revision
+        if old.revision != expected_revision:
+            raise DomainError(Reason.REVISION_CONFLICT, reflection_id, revision=old.revision)
+        self._rewrite(replace(old, revision=old.revision + 1, text=text or old.text, tags=tuple(tags or old.tags)))
+        self.revised_by[reflection_id] = request_id
+        return expected_revision + 1
+
+    def delete(self, reflection_id: str) -> None:
+        (first,) = [one for one in self.entries if one.reflection_id == reflection_id]
+        self._rewrite(replace(self._as_of(first, self.version), deleted_version=self.version + 1))
+
+    def _rewrite(self, new: StoredReflection) -> None:
+        self.version += 1
+        self.revisions.append((self.version, new))
 
     async def report(self, outcomes: Sequence[UseOutcome]) -> int:
         new = {one.use_id: one.reward for one in outcomes if one.use_id not in self.reported}
         self.reported |= new
         self.version += bool(new)
         return len(new)
+
+
+def _is_asked(query: ReflectionQuery, entry: StoredReflection, version: int) -> bool:
+    is_there = entry.deleted_version is None or entry.deleted_version > version
+    return is_there and query.key in ("", entry.key)
 
 
 @dataclass

@@ -158,6 +158,17 @@ class StoreChecks:
         assert sorted(stored.text.split()) == sorted(["begin", *(f"w{n}" for n in range(20))])
         assert stored.revision == 21 and (await store.snapshot("scope")).version == 21
 
+    async def test_a_repeated_revision_is_the_first_answer_and_another_change_is_refused(self, store: Store) -> None:
+        identity = (await store.add(new("a", "begin", kind=ReflectionKind.DOCUMENT))).reflection_id
+        rewriting = Rewriting(identity, "r", 1, text="one", key="k", tags=("t",))
+        first = await store.revise(rewriting)
+        assert await store.revise(rewriting) == await store.revise(Rewriting(identity, "r", 7)) == first
+        for other in ({"text": "two"}, {"key": "l"}, {"tags": ()}):
+            await refused(store.revise(replace(rewriting, **other)), Reason.REQUEST_CONFLICT)
+        await store.revise(Rewriting(identity, "s", 2, tags=()))
+        await refused(store.revise(rewriting), Reason.REVISION_CONFLICT)
+        assert (await store.get(identity)).text == "one" and (await store.snapshot("scope")).version == 3
+
     async def test_an_answer_is_never_larger_than_a_message(self, store: Store) -> None:
         """Neither a page nor what a query finds, however large the texts are and however many are asked for."""
         large = "word " * (MAX_TEXT_BYTES // 5)

@@ -138,7 +138,7 @@ def _evidence(entry: StoredReflection) -> Iterator[str]:
     yield f"with it     {_mean(uplift.mean_shown, uplift.uses_shown)}"
     yield f"without it  {_mean(uplift.mean_left_out, uplift.uses_left_out)}"
     estimate = "unknown" if uplift.uplift is None else f"{uplift.uplift:+.2f}"
-    yield f"uplift      {estimate}, between {uplift.lower:+.2f} and {uplift.upper:+.2f} with probability 0.95 or more"
+    yield f"uplift      {estimate}, between {uplift.lower:+.2f} and {uplift.upper:+.2f} with probability 0.98 or more"
 
 
 def _mean(reward: float, uses: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +25,10 @@ from mulligan.memory.client import MemoryClient
 
 _AT_ONCE = 32  # calls
 _REQUEST = "import/"  # before the id that an entry had
+_NEEDS_EMBEDDINGS = (
+    "this memory takes no text without its embedding, and an exported file has none: nothing was imported. Expected a "
+    "memory that embeds texts itself, or has no embedder; into this one a program adds them, by AddReflection"
+)
 
 
 def export(
@@ -61,7 +65,8 @@ def import_file(
     """Add the reflections of a file. What is there already is left as it is, so an import can be repeated.
 
     Evidence is not imported: it is of the attempts of other runs. What was active is a candidate again, and what was
-    quarantined is retired.
+    quarantined is retired. Embeddings are not in the file: the memory makes them. One whose callers bring them
+    (embedder = "given") imports nothing.
 
     Example: `mulligan memory import reflections.jsonl --scope shared`
     """
@@ -89,10 +94,7 @@ def _read(file: Path, scope: str) -> list[StoredReflection]:
             entry = msgspec.json.decode(line, type=StoredReflection)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             fail(f"{file}, line {number}: {error}", 2)
-        labels = Labels(entry.kind, entry.key, entry.tags, entry.source_ids)
-        target, request_id = scope or entry.scope, f"{_REQUEST}{entry.reflection_id}"
-        addition = wire.addition_to_proto(request_id, target, entry.text, entry.provenance, labels)
-        if problems := violations(addition):
+        if problems := _problems(entry, scope):
             fail(f"{file}, line {number}: {problems[0]}", 2)
         if entry.reflection_id in lines:
             fail(f"{file}, line {number}: {entry.reflection_id!r} was in line {lines[entry.reflection_id]}", 2)
@@ -103,6 +105,13 @@ def _read(file: Path, scope: str) -> list[StoredReflection]:
             if lines.get(source, 0) >= lines[entry.reflection_id]:
                 fail(f"{file}, line {lines[entry.reflection_id]}: its source {source!r} has to come before it", 2)
     return entries
+
+
+def _problems(entry: StoredReflection, scope: str) -> Sequence[object]:
+    """Why no memory would take it, by the contract."""
+    request_id = f"{_REQUEST}{entry.reflection_id}"
+    labels = Labels(entry.kind, entry.key, entry.tags, entry.source_ids)
+    return violations(wire.addition_to_proto(request_id, scope or entry.scope, entry.text, entry.provenance, labels))
 
 
 class _Import:
@@ -145,6 +154,8 @@ class _Import:
         try:
             identity = await self._client.add(request_id, entry.scope, entry.text, entry.provenance, labels)
         except DomainError as error:
+            if error.reason is Reason.INVALID_FIELD and error.metadata.get("field") == "embedding":
+                raise error.told(f"{_NEEDS_EMBEDDINGS} ({error.message})") from error
             if error.reason is not Reason.REQUEST_CONFLICT:
                 raise
             self._counts["changed"] += 1

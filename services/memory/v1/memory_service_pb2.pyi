@@ -154,7 +154,9 @@ class Uplift(_message.Message):
     uplift: _builtins.float
     """Estimate of the mean reward with the entry less that without it; absent until there was a use of both sorts."""
     lower: _builtins.float
-    """The interval of the uplift. With probability 0.95 or more it never misses it, however often one looks."""
+    """The interval of the uplift. With probability 0.98 or more it never misses it, however often one looks, if
+    the uplift stays the same.
+    """
     upper: _builtins.float
     def __init__(
         self,

@@ -471,14 +471,16 @@ class AlgorithmConfig(_message.Message):
     MEMORY_WRITES_FIELD_NUMBER: _builtins.int
     MEMORY_EPISODES_FIELD_NUMBER: _builtins.int
     MEMORY_FAMILY_FIELD_NUMBER: _builtins.int
+    MEMORY_DOCUMENT_FIELD_NUMBER: _builtins.int
     second_attempt: Global___SecondAttempt.ValueType
     """Without a name it chooses the algorithm: NONE is "rlvr", REFLECTION "erl", RAW_RETRY "raw_retry", TRY_AGAIN
     "try_again". Beside a name it must say the same, or nothing.
     """
     memory_strategy: _memory_service_pb2.RetrievalStrategy.ValueType
     """Which entries of the memory are retrieved, for each task before it is played. SIMILAR_WORDS and SIMILAR_MEANING
-    compare them with the task's first observation. LATEST_SUCCESS and TOP_GAIN retrieve no episodes. A run has no key
-    for BY_KEY. Default LATEST_SUCCESS.
+    compare them with the task's first observation. LATEST_SUCCESS and TOP_GAIN retrieve no episodes. BY_KEY
+    retrieves documents of the key `memory_document`, the latest first. Default LATEST_SUCCESS, but BY_KEY where
+    `memory_document` is given.
     """
     memory_entries: _builtins.int
     """How many of them, at most 100; 0: the memory is not read. With MIX the limits of its parts say how many. Default 1."""
@@ -546,6 +548,13 @@ class AlgorithmConfig(_message.Message):
     """Whether only entries from tasks of the same family are retrieved: those whose id has the same beginning up to the
     last "/". An id without one belongs to no family, and sees all. Default false.
     """
+    memory_document: _builtins.str
+    """The key of a document that the run's reflections rewrite, instead of adding rules: at most 200 characters. Each step's
+    best reflection of an environment, by the reward of the attempt after it, and among equals the latest, becomes the new
+    text of the scope's entry of kind DOCUMENT with this key and environment. The document is added where there is none.
+    With it, memory_writes is not NONE, memory_strategy neither LATEST_SUCCESS nor TOP_GAIN, and memory_family false. Default
+    "", no document.
+    """
     @_builtins.property
     def settings(self) -> _struct_pb2.Struct:
         """The algorithm's settings that have no field here, by their names. A field that the algorithm has not is
@@ -591,10 +600,11 @@ class AlgorithmConfig(_message.Message):
         memory_writes: Global___MemoryWrites.ValueType = ...,
         memory_episodes: _builtins.bool | None = ...,
         memory_family: _builtins.bool | None = ...,
+        memory_document: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant", "_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_episodes", b"_memory_episodes", "_memory_family", b"_memory_family", "_memory_holdout", b"_memory_holdout", "_memory_scope", b"_memory_scope", "_memory_tokens", b"_memory_tokens", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "advantage_settings", b"advantage_settings", "aggregation_constant", b"aggregation_constant", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_episodes", b"memory_episodes", "memory_family", b"memory_family", "memory_holdout", b"memory_holdout", "memory_scope", b"memory_scope", "memory_tokens", b"memory_tokens", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant", "_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_document", b"_memory_document", "_memory_entries", b"_memory_entries", "_memory_episodes", b"_memory_episodes", "_memory_family", b"_memory_family", "_memory_holdout", b"_memory_holdout", "_memory_scope", b"_memory_scope", "_memory_tokens", b"_memory_tokens", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "advantage_settings", b"advantage_settings", "aggregation_constant", b"aggregation_constant", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_document", b"memory_document", "memory_entries", b"memory_entries", "memory_episodes", b"memory_episodes", "memory_family", b"memory_family", "memory_holdout", b"memory_holdout", "memory_scope", b"memory_scope", "memory_tokens", b"memory_tokens", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant", "_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_episodes", b"_memory_episodes", "_memory_family", b"_memory_family", "_memory_holdout", b"_memory_holdout", "_memory_scope", b"_memory_scope", "_memory_tokens", b"_memory_tokens", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "advantage", b"advantage", "advantage_settings", b"advantage_settings", "aggregation", b"aggregation", "aggregation_constant", b"aggregation_constant", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_episodes", b"memory_episodes", "memory_family", b"memory_family", "memory_holdout", b"memory_holdout", "memory_mix", b"memory_mix", "memory_readers", b"memory_readers", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "memory_tokens", b"memory_tokens", "memory_writes", b"memory_writes", "name", b"name", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant", "_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_document", b"_memory_document", "_memory_entries", b"_memory_entries", "_memory_episodes", b"_memory_episodes", "_memory_family", b"_memory_family", "_memory_holdout", b"_memory_holdout", "_memory_scope", b"_memory_scope", "_memory_tokens", b"_memory_tokens", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "advantage", b"advantage", "advantage_settings", b"advantage_settings", "aggregation", b"aggregation", "aggregation_constant", b"aggregation_constant", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_document", b"memory_document", "memory_entries", b"memory_entries", "memory_episodes", b"memory_episodes", "memory_family", b"memory_family", "memory_holdout", b"memory_holdout", "memory_mix", b"memory_mix", "memory_readers", b"memory_readers", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "memory_tokens", b"memory_tokens", "memory_writes", b"memory_writes", "name", b"name", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__aggregation_constant: _TypeAlias = _typing.Literal["aggregation_constant"]  # noqa: Y015
     _WhichOneofArgType__aggregation_constant: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant"]  # noqa: Y015
@@ -604,6 +614,8 @@ class AlgorithmConfig(_message.Message):
     _WhichOneofArgType__distillation_weight: _TypeAlias = _typing.Literal["_distillation_weight", b"_distillation_weight"]  # noqa: Y015
     _WhichOneofReturnType__first_weight: _TypeAlias = _typing.Literal["first_weight"]  # noqa: Y015
     _WhichOneofArgType__first_weight: _TypeAlias = _typing.Literal["_first_weight", b"_first_weight"]  # noqa: Y015
+    _WhichOneofReturnType__memory_document: _TypeAlias = _typing.Literal["memory_document"]  # noqa: Y015
+    _WhichOneofArgType__memory_document: _TypeAlias = _typing.Literal["_memory_document", b"_memory_document"]  # noqa: Y015
     _WhichOneofReturnType__memory_entries: _TypeAlias = _typing.Literal["memory_entries"]  # noqa: Y015
     _WhichOneofArgType__memory_entries: _TypeAlias = _typing.Literal["_memory_entries", b"_memory_entries"]  # noqa: Y015
     _WhichOneofReturnType__memory_episodes: _TypeAlias = _typing.Literal["memory_episodes"]  # noqa: Y015
@@ -636,6 +648,8 @@ class AlgorithmConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__distillation_weight) -> _WhichOneofReturnType__distillation_weight | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_weight) -> _WhichOneofReturnType__first_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_document) -> _WhichOneofReturnType__memory_document | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_entries) -> _WhichOneofReturnType__memory_entries | None: ...
     @_typing.overload

@@ -8,7 +8,7 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -28,7 +28,7 @@ from mulligan.common.reflections import (
     UseOutcome,
 )
 from mulligan.memory.client import MemoryClient
-from mulligan.testing.processes import ServiceProcess
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 
 ORIGIN = Provenance("run", "experience", "lake", "train/00001", 3, 0.0, 1.0, True)
 HOSTILE = "\x1b[2J into \x9bholes\x7f \u202e"
@@ -199,3 +199,22 @@ def test_files_that_cannot_be_imported(
     refused = command("import", str(file), "--scope", f"{scope}-third", status=1)
     assert "1 were imported before with another content" in refused.stderr
     assert [one.text for one in entries(embedding, f"{scope}-third")] == [HOSTILE, "It fell."]
+
+
+def test_a_memory_whose_callers_bring_embeddings_imports_nothing(
+    command: Callable[..., Result],
+    filled: list[str],
+    scope: str,
+    shared_services: ServiceProcesses,
+    acme: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "entries.jsonl"
+    command("export", str(file), "--scope", scope)
+    assert "embedding" not in file.read_text()
+    settings: dict[str, Any] = {"embedder": "given", "given.size": 3}
+    server = shared_services.start("memory", environment=acme, database="notes:desk", **settings)
+    refused = command("import", str(file), "--memory", server.address, status=1).stderr
+    assert "INVALID_FIELD: this memory takes no text without its embedding" in refused
+    assert "nothing was imported" in refused and "3 numbers" in refused
+    assert entries(server, scope) == []

@@ -14,6 +14,7 @@ from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.wire import settings_from_proto, settings_to_proto, validated
 from tests.support.loop import refused
 
+DOCUMENT = {"memory_document": "rules"}
 MIX = [{"strategy": "similar_words", "limit": 2}, {"strategy": "explore"}]
 
 
@@ -22,9 +23,20 @@ MIX = [{"strategy": "similar_words", "limit": 2}, {"strategy": "explore"}]
     [
         ({"memory_strategy": "mix"}, "memory_mix", "expected at least one part"),
         ({"memory_mix": MIX}, "memory_mix", 'expected nothing, as memory_strategy = "latest_success"'),
-        ({"memory_strategy": "by_key"}, "memory_strategy", "a run has no key"),
+        ({"memory_strategy": "by_key"}, "memory_strategy", "a key to ask for in memory_document"),
         ({"memory_strategy": "best"}, "memory_strategy", "best_uplift"),
         ({"memory_strategy": "mix", "memory_mix": [{"strategy": "by_key"}]}, "memory_mix[0].strategy", "no key"),
+        ({**DOCUMENT, "memory_writes": "none"}, "memory_document", 'expected nothing, as memory_writes = "none"'),
+        ({**DOCUMENT, "memory_writes": "none", "memory_episodes": True}, "memory_document", "memory_writes"),
+        ({**DOCUMENT, "memory_strategy": "latest_success"}, "memory_strategy", 'expected "by_key"'),
+        ({**DOCUMENT, "memory_strategy": "top_gain"}, "memory_strategy", 'expected "by_key"'),
+        ({**DOCUMENT, "memory_family": True}, "memory_family", "as memory_document is set"),
+        (
+            {**DOCUMENT, "memory_strategy": "mix", "memory_mix": [{"strategy": "by_key"}]},
+            "memory_mix[0].strategy",
+            "a mix has no key",
+        ),
+        ({"memory_document": "k" * 201}, "memory_document", "200"),
         ({"memory_strategy": "mix", "memory_mix": [*MIX, {"strategy": "mix"}]}, "memory_mix[2].strategy", "not nested"),
         ({"memory_strategy": "mix", "memory_mix": [{"strategy": "explore", "limit": 0}]}, "memory_mix[0].limit", "1"),
         ({"memory_strategy": "mix", "memory_mix": [*MIX, {"strategy": "explore", "limit": 98}]}, "memory_mix", "100"),
@@ -87,6 +99,15 @@ def test_all_of_them_survive_the_wire() -> None:
     assert RunSettings.model_validate_json(run.model_dump_json()) == run
 
 
+def test_a_document_is_read_unless_another_strategy_is_given() -> None:
+    for given, asked in (({}, "by_key"), ({"memory_strategy": "best_uplift"}, "best_uplift")):
+        run = RunSettings.model_validate({"environment": "e", "algorithm": DOCUMENT | given})
+        assert run.algorithm.memory_strategy == asked and run.holdout == 0.25
+        assert settings_from_proto(settings_to_proto(run)) == run
+        assert RunSettings.model_validate_json(run.model_dump_json()) == run
+    assert erl.Settings().memory_strategy == "latest_success", "without a document all is as it was"
+
+
 def test_how_to_read_means_nothing_where_nothing_is_read() -> None:
     table = {"name": "rlvr", "memory_readers": "first", "memory_writes": "all", "memory_tokens": 9}
     told = idle_notices(RunSettings.model_validate({"environment": "e", "algorithm": table}))
@@ -94,6 +115,9 @@ def test_how_to_read_means_nothing_where_nothing_is_read() -> None:
         "algorithm.memory_tokens: it has no effect with algorithm.memory_entries = 0",
         "algorithm.memory_readers: it has no effect with algorithm.memory_entries = 0",
     ]
-    assert (
-        idle_notices(RunSettings.model_validate({"environment": "e", "algorithm": table | {"memory_entries": 1}})) == []
-    )
+    for reads in (table | {"memory_entries": 1}, DOCUMENT):
+        assert idle_notices(RunSettings.model_validate({"environment": "e", "algorithm": reads})) == []
+    unread = RunSettings.model_validate({"environment": "e", "algorithm": DOCUMENT | {"memory_entries": 0}})
+    assert idle_notices(unread) == [
+        "algorithm.memory_document: the run does not read it with algorithm.memory_entries = 0"
+    ]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import accumulate
 from operator import mul
 from typing import Any
 
@@ -26,6 +27,7 @@ from mulligan.common.reflections import (
 from mulligan.memory.embedder import Embedder
 from mulligan.memory.evidence import Evidence
 from mulligan.memory.store import (
+    ANSWER_BYTES,
     Added,
     ChangePage,
     DrawnUse,
@@ -84,6 +86,7 @@ class Notes:
         self._states: dict[str, list[dict[str, StoredReflection]]] = {}  # scope → version → the entries, by id
         self._uses: dict[str, NotedUse] = {}
         self._changes: list[MemoryChange] = []
+        self._embedder = ""  # whose the embeddings are, by its name
         # Calls that stored nothing, because their text was known: the id that was their answer, and what they asked
         # for, which is None once that entry is erased.
         self._answered: dict[str, tuple[str, NewReflection | None]] = {}
@@ -165,7 +168,12 @@ class Notes:
             *(stored, position, limit),
             lambda one: scope in ("", one.scope) and (include_deleted or one.deleted_version is None),
         )
-        return Page(page, following)
+        fitting = _fitting(page)
+        return Page(fitting, following if len(fitting) == len(page) else self._place(fitting[-1]))
+
+    def _place(self, entry: StoredReflection) -> int:
+        """From 1."""
+        return tuple(self._notes).index(entry.reflection_id) + 1
 
     async def revise(self, rewriting: Rewriting) -> Revised:
         old = self._now(rewriting.reflection_id)
@@ -273,7 +281,7 @@ class Notes:
         return found[:limit]
 
     async def derived_from(self, reflection_id: str) -> Sequence[str]:
-        return [identity for identity in self._notes if reflection_id in self._now(identity).source_ids]
+        return tuple(identity for identity in self._notes if reflection_id in self._now(identity).source_ids)
 
     async def changes(self, scope: str, position: int, limit: int) -> ChangePage:
         return ChangePage(*_page(self._changes, position, limit, lambda change: scope in ("", change.scope)))
@@ -283,7 +291,20 @@ class Notes:
         return Snapshot(len(self._versions(scope)) - 1, len(kept))
 
     async def use_embedder(self, embedder: Embedder | None) -> None:
-        """There are no entries yet, so there is nothing to embed anew."""
+        """Notes that lie there, without embeddings or with another embedder's, are embedded anew."""
+        if embedder is None or embedder.name == self._embedder:
+            return
+        texts = {
+            (one.reflection_id, one.revision): one.text
+            for states in self._states.values()
+            for state in states
+            for one in state.values()
+            if one.text  # none is left of what was erased
+        }
+        rows = embedder.embed(list(texts.values())) if texts else ()
+        for (identity, revision), row in zip(texts, rows, strict=True):
+            self._notes[identity].embeddings[revision] = [float(number) for number in row]
+        self._embedder = embedder.name
 
     async def close(self) -> None:
         return None
@@ -406,6 +427,14 @@ def _bm25(texts: Sequence[str], query: str, k1: float = 1.2, b: float = 0.75) ->
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
+
+
+def _fitting(page: Sequence[StoredReflection]) -> tuple[StoredReflection, ...]:
+    """As many of the first ones as an answer has room for, and at least one, if there is one."""
+    sizes = accumulate(len(one.text.encode()) for one in page)
+    return tuple(
+        one for place, (one, size) in enumerate(zip(page, sizes, strict=True)) if not place or size <= ANSWER_BYTES
+    )
 
 
 def _page(items: Any, position: int, limit: int, wanted: Callable[[Any], bool]) -> tuple[tuple[Any, ...], int | None]:
