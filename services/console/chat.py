@@ -12,8 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from mulligan.cli.out import json_safe, safe
+from mulligan.cli.out import json_safe
 from mulligan.common.inference import CallOptions, Message, Role, SamplingParams, StopReason
+from mulligan.common.text import safe
 from mulligan.console.services import ERRORS, ServiceAnswer, ServicesPort
 
 MOST_BYTES = 4 * 2**20  # of a conversation
