@@ -233,7 +233,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     sizes = (5, 200, 6_400) if arguments.quick else (RUNS, STEPS, EXPERIENCES)
-    root, cache = arguments.folder / "x".join(map(str, sizes)), arguments.folder / "cache"
+    folder = arguments.folder.absolute()  # a relative cache is none
+    root, cache = folder / "x".join(map(str, sizes)), folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     make(root, *sizes)
     with console(root, cache) as shown:

@@ -61,7 +61,7 @@ def test_first_attempts_rise_while_the_weights_stay(loop: Loop) -> None:
     assert told.exit_code == 0, told.output
     assert "run alone: completed" in told.output and "learner" not in told.output
     (first, last), entries = asyncio.run(learned(loop, "alone"))
-    assert first < 0.6 and last > 0.8, "0.31 and 0.99 on all test tasks"
+    assert first < 0.6 and last >= 0.85, "0.31 and 0.99 on all test tasks"
     assert asyncio.run(weights(loop)) == before
     assert not _files(loop.folder / "weights") and not _files(loop.folder / "checkpoints")
     chains = loop.experiences("alone")
