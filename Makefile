@@ -86,7 +86,7 @@ $(OPENENV):
 openenv: $(OPENENV) ## install OpenEnv in an environment of its own, for tests and a benchmark
 
 .PHONY: tools
-tools: $(MAYBE_BUF) $(MAYBE_TYPESCRIPT) $(OPENENV) ## install what some tests need besides .venv: OpenEnv; with npm also buf and the TypeScript examples
+tools: $(MAYBE_BUF) $(MAYBE_TYPESCRIPT) $(OPENENV) $(TOOLS) ## install what some tests need besides .venv: OpenEnv, CycloneDX; with npm also buf and the TypeScript examples
 
 .PHONY: test
 test: $(INSTALLED) ## run all tests; those that need what `make tools` installs are skipped where that is missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -51,6 +52,15 @@ class RunInfo:
     activity: Activity = Activity()
 
 
+_CREDENTIAL = re.compile(r"[A-Za-z0-9._-]{0,4096}")  # it goes into the metadata of calls
+
+
+def _credential(answer: pb.StartRunResponse) -> str:
+    if _CREDENTIAL.fullmatch(answer.credential) is None:
+        raise ValueError("credential: expected up to 4,096 letters, digits, dots, dashes and underscores")
+    return answer.credential
+
+
 class RunClient:
     """Starts, stops, watches and lists runs, and evaluates policies. Lists are read page by page.
 
@@ -66,8 +76,8 @@ class RunClient:
     async def start(self, run_id: str, settings: RunSettings) -> RunInfo:
         request = pb.StartRunRequest(run_id=run_id, config=settings_to_proto(settings))
         response = await self._of(run_id).call(self._stub.StartRun, request, timeout=CALL_SECONDS)
-        if response.credential:
-            self.credentials[run_id] = response.credential
+        if credential := self._connection.read(_credential, response):
+            self.credentials[run_id] = credential
         return self._run(response)
 
     async def get(self, run_id: str) -> RunInfo:

@@ -55,6 +55,8 @@ def write_lost(patch: Patch) -> None:
     seen: list[str] = []
 
     async def lose(self: Any, request: Any, context: Any) -> Any:
+        if request.request_id.startswith("intruder"):  # it is refused
+            return await add(self, request, context)
         seen.append(request.request_id)
         if request.request_id != sorted(set(seen), key=seen.index)[-1] or len(set(seen)) != 2:
             return await add(self, request, context)
