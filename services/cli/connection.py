@@ -22,7 +22,7 @@ from mulligan.common.addresses import Addresses
 from mulligan.common.channel import Endpoint, UnprotectedToken, check_protection
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.tls import BadTls, ClientTls, read_client_tls
-from mulligan.common.tokens import BadTokens, TokenFile
+from mulligan.common.tokens import BadTokens, TokenFile, is_sendable
 
 PORT_BASE = 50051
 
@@ -101,6 +101,9 @@ def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
 def find_endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
     """The endpoint of one server, with its credentials. Raises UnusableEndpoint."""
     file = _find_token_file(address)
+    for variable in (TOKEN, RUN_CREDENTIAL):
+        if (given := os.environ.get(variable)) and not is_sendable(given):
+            raise UnusableEndpoint(f"{variable}: expected at most 4,096 printable ASCII characters without spaces")
     token = None if file is not None else os.environ.get(TOKEN)
     found = Endpoint(
         address,

@@ -14,6 +14,7 @@ from mulligan.cli.connection import RUN_CREDENTIAL
 from mulligan.cli.local_tokens import check_private
 from mulligan.cli.out import fail, note
 from mulligan.common.files import replace, user_folder
+from mulligan.common.tokens import is_sendable
 from mulligan.trainer.client import RunClient
 
 
@@ -56,7 +57,10 @@ def kept_credential(trainer: str, run_id: str) -> str:
             check_private(path)
     except FileNotFoundError:
         return ""
-    return file.read_text("ascii", errors="replace").strip()
+    credential = file.read_text("ascii", errors="replace").strip()
+    if not is_sendable(credential):
+        raise OSError(f"{file} holds no credential of a run: remove it")
+    return credential
 
 
 def _file(trainer: str, run_id: str) -> Path:

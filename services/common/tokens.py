@@ -27,6 +27,14 @@ _SCHEME = "Bearer "
 RUN_CREDENTIAL = "mulligan-run-credential"  # metadata of a call; `run_credentials.py`
 
 
+_SENDABLE = re.compile(r"[\x21-\x7e]{1,4096}")
+
+
+def is_sendable(credential: str) -> bool:
+    """Whether metadata of a call may carry it: gRPC fails for other characters, without a status."""
+    return _SENDABLE.fullmatch(credential) is not None
+
+
 class BadTokens(ValueError):
     """A file that cannot be read or holds what is no token. The message names the file, and no token."""
 

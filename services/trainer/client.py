@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +11,7 @@ from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import CallFailed
 from mulligan.common.experience import Experience
 from mulligan.common.experience_wire import experience_from_proto
+from mulligan.common.tokens import is_sendable
 from mulligan.trainer.activity import Activity
 from mulligan.trainer.events import Entry, EvaluationEvent
 from mulligan.trainer.folder import RunState
@@ -52,12 +52,9 @@ class RunInfo:
     activity: Activity = Activity()
 
 
-_CREDENTIAL = re.compile(r"[A-Za-z0-9._-]{0,4096}")  # it goes into the metadata of calls
-
-
 def _credential(answer: pb.StartRunResponse) -> str:
-    if _CREDENTIAL.fullmatch(answer.credential) is None:
-        raise ValueError("credential: expected up to 4,096 letters, digits, dots, dashes and underscores")
+    if answer.credential and not is_sendable(answer.credential):
+        raise ValueError("credential: expected at most 4,096 printable ASCII characters without spaces")
     return answer.credential
 
 

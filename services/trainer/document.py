@@ -22,7 +22,7 @@ from mulligan.common.reflections import (
 from mulligan.trainer.interfaces import MemoryPort
 from mulligan.trainer.member import Lesson
 
-_TRIES = 64  # so often another writer may be faster, or the document may be found dead
+_TRIES = 64  # rounds, each lost to a faster writer or to a document that is gone
 _TAGS = 32  # of an entry: the limit of the contract
 # The latest that is retrieved. Else the one that is in quarantine or on probation: a new text gives it another chance.
 _FIND = (MixPart(RetrievalStrategy.BY_KEY, 1), MixPart(RetrievalStrategy.EXPLORE, 1))

@@ -36,6 +36,7 @@ from mulligan.trainer.wire import (
 
 Context = Any
 _UNKNOWN = run_config_pb2.RunConfig(environment="(unknown)")  # of a run whose run.json is damaged
+_PAGE_BYTES = 32 * 2**20  # of experiences: half of the largest message
 _PAGE_TOKEN_LIMIT = 40  # characters: two numbers of 64 bits
 
 
@@ -156,20 +157,18 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         step, offset = _page(request.page_token) if request.page_token else (steps[0] if steps else 0, 0)
         size = request.page_size or 10
         found: list[Any] = []
-        token = ""
+        filled = 0  # bytes
         for current in (number for number in steps if number >= step and journal_file(folder, number).exists()):
             experiences = await asyncio.to_thread(read_experiences, journal_file(folder, current))
-            start = offset if current == step else 0
-            taken = experiences[start : start + size - len(found)]
-            found.extend(taken)
-            if start + len(taken) < len(experiences):
-                token = f"{current}/{start + len(taken)}"
-            if len(found) == size:
-                token = token or (f"{current + 1}/0" if current != steps[-1] else "")
-                break
-        return pb.ListExperiencesResponse(
-            experiences=[experience_to_proto(experience) for experience in found], next_page_token=token
-        )
+            for place in range(offset if current == step else 0, len(experiences)):
+                one = experience_to_proto(experiences[place])
+                filled += one.ByteSize()
+                if found and (len(found) == size or filled > _PAGE_BYTES):
+                    return pb.ListExperiencesResponse(experiences=found, next_page_token=f"{current}/{place}")
+                found.append(one)
+            if len(found) == size and current != steps[-1]:
+                return pb.ListExperiencesResponse(experiences=found, next_page_token=f"{current + 1}/0")
+        return pb.ListExperiencesResponse(experiences=found)
 
     def _ended(self, run: Run) -> bool:
         return self._manager.record(run.run_id).state is not RunState.RUNNING

@@ -13,7 +13,8 @@ from mulligan.common.reflections import ReflectionQuery, RetrievalStrategy
 from mulligan.memory.store import ANSWER_BYTES, Found, Store
 
 _BYTES_PER_TOKEN = 4
-_SPARE, _MOST = 4, 100
+_SPARE = 4  # times the limit are asked for, where some may not fit
+_MOST = 100  # but no more than so many, or the limit
 
 
 @dataclass

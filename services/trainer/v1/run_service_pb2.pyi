@@ -804,7 +804,7 @@ class ListExperiencesRequest(_message.Message):
     step: _builtins.int
     """Only this training step."""
     page_size: _builtins.int
-    """At most 100; 0 means 10."""
+    """At most 100; 0 means 10. A page also ends before its experiences exceed 32 MiB."""
     page_token: _builtins.str
     """next_page_token of the answer before; empty for the first page."""
     def __init__(
