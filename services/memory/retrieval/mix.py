@@ -8,10 +8,12 @@ Near-duplicates have most pairs of adjacent words in common (Broder, On the Rese
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-from mulligan.common.reflections import ReflectionQuery, StoredReflection
+from mulligan.common.reflections import MixPart, ReflectionQuery, StoredReflection
+from mulligan.common.tasks import gather_or_cancel
 from mulligan.memory.retrieval import Budget, by
 from mulligan.memory.store import Found, Store
 
@@ -24,27 +26,39 @@ Pairs = frozenset[tuple[str, ...]]
 
 
 async def retrieve(query: ReflectionQuery, store: Store) -> Found:
-    kept: dict[str, StoredReflection] = {}  # by their ids
-    known: list[Pairs] = []  # of each that is kept
-    budget = Budget.of(query)
     assert query.version is not None, "`retrieve` of the package sets it"
-    for part in query.mix:
-        most = len(kept) + part.limit
-        for spare in (_FEW_SPARE, _SPARE):
-            wanted = replace(query, strategy=part.strategy, limit=most + spare)
-            found = (await by(part.strategy, wanted, store)).reflections
-            for one in found:
-                if len(kept) == most:
-                    break
-                if one.reflection_id in kept:
-                    continue
-                own = pairs(one.text)
-                if all(similarity(own, other) < SIMILARITY for other in known) and budget.takes(one.text):
-                    kept[one.reflection_id] = one
-                    known.append(own)
-            if len(kept) == most or len(found) < wanted.limit:
+    chosen = _Chosen(Budget.of(query))
+    asked = [most + _FEW_SPARE for most in accumulate(part.limit for part in query.mix)]
+    first = await gather_or_cancel(_find(query, *one, store) for one in zip(query.mix, asked, strict=True))
+    for part, limit, found in zip(query.mix, asked, first, strict=True):
+        most = len(chosen.entries) + part.limit
+        chosen.add(found[: most + _SPARE], most)
+        if len(chosen.entries) < most and len(found) == limit < most + _SPARE:
+            chosen.add(await _find(query, part, most + _SPARE, store), most)
+    return Found(tuple(chosen.entries.values())[: query.limit], query.version)
+
+
+async def _find(query: ReflectionQuery, part: MixPart, limit: int, store: Store) -> tuple[StoredReflection, ...]:
+    return tuple((await by(part.strategy, replace(query, strategy=part.strategy, limit=limit), store)).reflections)
+
+
+class _Chosen:
+    def __init__(self, budget: Budget) -> None:
+        self.entries: dict[str, StoredReflection] = {}  # by their ids
+        self._pairs: list[Pairs] = []  # of each
+        self._budget = budget
+
+    def add(self, found: Sequence[StoredReflection], most: int) -> None:
+        """What is new of these and fits, until there are so many entries."""
+        for one in found:
+            if len(self.entries) == most:
                 break
-    return Found(tuple(kept.values())[: query.limit], query.version)
+            if one.reflection_id in self.entries:
+                continue
+            own = pairs(one.text)
+            if all(similarity(own, other) < SIMILARITY for other in self._pairs) and self._budget.takes(one.text):
+                self.entries[one.reflection_id] = one
+                self._pairs.append(own)
 
 
 def similarity(one: Pairs, other: Pairs) -> float:

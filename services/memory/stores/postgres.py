@@ -14,6 +14,7 @@ checkpoint. Its write-ahead log, its replicas and its backups have the bytes unt
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ _OLDEST = 15
 _WRITING = 7_305_104_236_301  # the number of the lock of writes, among all of the database
 _OLD_READS_SECONDS = 30.0  # that an erasure waits for transactions which may still see the erased rows
 _PAUSE_SECONDS = 0.02
+_IDLE_SECONDS = 1.0
 
 # The negative inner product of unit vectors, which is in the order of the cosine.
 _DISTANCE: sa.ColumnElement[float] = texts.c.embedding.op("<#>", return_type=sa.Double())(
@@ -83,10 +85,10 @@ class PostgresStore(SqlStore):
             url,
             pool_size=settings.connections,
             max_overflow=0,
-            pool_pre_ping=True,
             hide_parameters=True,
             execution_options=with_damage(RowDamage(self._name, _ADVICE)),
         )
+        _ask_idle_connections(self._engine)
         self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         try:
             _prepare(self._engine, self._name)
@@ -149,6 +151,26 @@ class PostgresStore(SqlStore):
     def _end(self) -> None:
         self._readers.shutdown()
         self._engine.dispose()
+
+
+def _ask_idle_connections(engine: sa.Engine) -> None:
+    """A connection that was idle for some time is asked whether it still works before it is used. (SQLAlchemy's
+    `pool_pre_ping` asks each time, which takes as long as some queries do.)"""
+    import psycopg
+
+    def returned(_: Any, record: sa.pool.ConnectionPoolEntry) -> None:
+        record.info["returned"] = time.monotonic()
+
+    def taken(connection: sa.engine.interfaces.DBAPIConnection, record: sa.pool.ConnectionPoolEntry, _: Any) -> None:
+        if time.monotonic() - record.info.get("returned", math.inf) < _IDLE_SECONDS:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except psycopg.Error as error:
+            raise sa.exc.DisconnectionError from error  # the pool makes another one
+
+    sa.event.listen(engine, "checkin", returned)
+    sa.event.listen(engine, "checkout", taken)
 
 
 def _url(location: str) -> sa.URL:

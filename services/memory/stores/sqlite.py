@@ -36,6 +36,13 @@ R = TypeVar("R")
 
 _RESTORE = "Put a copy of the database back."
 _ADVICE = "Put a copy of the database back, or erase the entry that is damaged."
+_SETTINGS = (
+    "journal_mode = WAL",
+    "synchronous = FULL",
+    "secure_delete = ON",
+    "cache_size = -65536",
+    "journal_size_limit = 67108864",  # of the log between transactions; a large one would keep its size for ever
+)
 _LOOKED_AT_BYTES = 2**26  # a larger file takes long; its damage is told when it is read
 
 
@@ -150,7 +157,7 @@ def _open(path: Path, damage: RowDamage) -> sa.Connection:
         with plain_errors():
             sqlite = _sqlite(connection)
             sqlite.text_factory = any_text
-            for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON", "cache_size = -65536"):
+            for setting in _SETTINGS:
                 sqlite.execute(f"PRAGMA {setting}")
             with connection.begin():
                 migrate(connection, str(path))

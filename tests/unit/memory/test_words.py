@@ -126,10 +126,10 @@ def test_the_indexes_that_were_used_least_recently_make_room(monkeypatch: pytest
     for scope in range(5):
         index = WordIndex()
         index.add(1, 1, "lake", 1, None, rare(1000))
-        indexes._kept[ranked.Kind.WORDS, scope] = index
+        indexes._kept[ranked.Kind.WORDS, scope] = ranked._Kept(index)
     monkeypatch.setattr(ranked, "_MAX_BYTES", 2 * index.bytes)
-    indexes._index(ranked.Kind.WORDS, 1)
-    assert [scope for _, scope in indexes._kept] == [4, 1]
+    with indexes._using(ranked.Kind.WORDS, 1):
+        assert [scope for _, scope in indexes._kept] == [4, 1]
     monkeypatch.setattr(ranked, "_MAX_BYTES", 1)
-    indexes._index(ranked.Kind.WORDS, 1)
-    assert [scope for _, scope in indexes._kept] == [1], "the one in use stays"
+    with indexes._using(ranked.Kind.WORDS, 1):
+        assert [scope for _, scope in indexes._kept] == [1], "the one in use stays"

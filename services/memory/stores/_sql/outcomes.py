@@ -72,14 +72,17 @@ def _scope_id(db: sa.Connection, name: str) -> int | None:
     return None if row is None else int(row.id)
 
 
+_POSITIONS = (
+    sa.select(scopes.c.name, reflections.c.reflection_id, reflections.c.position)
+    .join(scopes, scopes.c.id == reflections.c.scope_id)
+    .where(reflections.c.reflection_id.in_(queries.PART))
+)
+
+
 def _positions(db: sa.Connection, drawn: Iterable[DrawnUse]) -> dict[tuple[str, str], int]:
     """Of the entries, by scope and id. Raises UNKNOWN_REFLECTION."""
     wanted = {(use.scope, identity): None for use in drawn for identity, _ in use.entries}
-    rows = db.execute(
-        sa.select(scopes.c.name, reflections.c.reflection_id, reflections.c.position)
-        .join(scopes, scopes.c.id == reflections.c.scope_id)
-        .where(reflections.c.reflection_id.in_([identity for _, identity in wanted]))
-    )
+    rows = queries.in_parts(db, _POSITIONS, [identity for _, identity in wanted])
     found = {(scope, identity): position for scope, identity, position in rows}
     for scope, identity in wanted:
         if (scope, identity) not in found:
@@ -185,8 +188,11 @@ def _learn(
     if standing:
         writes.change_standings(db, version, standing)
         states = [{"position": entries[one].position, "state": known[one].to_bytes()} for one in changed]
-        db.execute(evidence.delete().where(evidence.c.position.in_(list(standing))))
+        db.execute(_FORGET, [{"of": position} for position in standing])
         db.execute(evidence.insert(), states)
+
+
+_FORGET = evidence.delete().where(evidence.c.position == sa.bindparam("of"))
 
 
 def _evidence(db: sa.Connection, entries: Mapping[str, sa.Row[Any]]) -> dict[str, Evidence]:
@@ -208,15 +214,17 @@ def _evidence(db: sa.Connection, entries: Mapping[str, sa.Row[Any]]) -> dict[str
     return found
 
 
+_WITH_EVIDENCE = (
+    sa.select(*_ENTRY.columns, *_STANDING.columns, evidence.c.state)
+    .select_from(reflections)
+    .outerjoin(standings, standings.c.id == reflections.c.standing_id)
+    .outerjoin(evidence, evidence.c.position == reflections.c.position)
+    .where(reflections.c.reflection_id.in_(queries.PART))
+)
+
+
 def _entries(db: sa.Connection, identities: Iterable[str]) -> dict[str, sa.Row[Any]]:
-    wanted = (
-        sa.select(*_ENTRY.columns, *_STANDING.columns, evidence.c.state)
-        .select_from(reflections)
-        .outerjoin(standings, standings.c.id == reflections.c.standing_id)
-        .outerjoin(evidence, evidence.c.position == reflections.c.position)
-        .where(reflections.c.reflection_id.in_(list(identities)))
-    )
-    return {row.reflection_id: row for row in db.execute(wanted)}
+    return {row.reflection_id: row for row in queries.in_parts(db, _WITH_EVIDENCE, list(identities))}
 
 
 def scopes_of_uses(db: sa.Connection, use_ids: Sequence[str]) -> Sequence[str]:

@@ -37,6 +37,8 @@ Row = sa.Row[Any]
 Rows = Sequence[Row]
 
 _STATEMENTS = 256  # of each sort, that are kept
+_PART_SIZE = 10_000  # values; SQLite takes 32,766 of a statement, PostgreSQL 65,535
+PART: sa.BindParameter[Sequence[Any]] = sa.bindparam("part", expanding=True)
 
 # One after another in a row of STATES.
 ENTRY = Section(reflections, 0)
@@ -71,6 +73,7 @@ def entries_with(standing: Any) -> sa.Select[Any]:
 _NEWEST_STATES = entries_with(standings.c.id == reflections.c.standing_id)
 
 LATEST_FIRST = standings.c.position.desc()
+_LATEST_OF_FEW = (standings.c.position + 0).desc()  # the same; PostgreSQL walks no index of all positions for it
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,44 +99,46 @@ ORDERINGS: dict[Order, Ordering] = {
 
 _OF_SCOPE = Section(scopes)
 _SCOPE = sa.select(*_OF_SCOPE.columns, scopes.c.id).where(scopes.c.name == sa.bindparam("scope_name"))
+# The last version that had an entry of this version, of those that were erased since.
 _REDACTED_UNTIL = sa.select(sa.func.max(reflections.c.deleted_version)).where(
-    reflections.c.scope_id == sa.bindparam("scope"),
+    reflections.c.scope_id == scopes.c.id,
     reflections.c.erased_version.is_not(None),
     reflections.c.deleted_version > sa.bindparam("version"),
     reflections.c.version <= sa.bindparam("version"),
 )
+_SCOPE_AT = _SCOPE.add_columns(_REDACTED_UNTIL.scalar_subquery().label("redacted_until"))
 
 
 def at_version(db: sa.Connection, selection: Selection) -> tuple[Row | None, int]:
     """The scope and the version that a selection is about; None for a scope without writes. Raises UNKNOWN_VERSION and
     SNAPSHOT_REDACTED, and STATE_DAMAGED for a damaged scope."""
-    scope = scope_row(db, selection.scope)
+    scope = scope_row(db, selection.scope, selection.version)
     newest = scope.version if scope else 0
     version = newest if selection.version is None else selection.version
     if version > newest:
         message = f"scope {selection.scope!r} is at version {newest}, not yet at {version}"
         raise DomainError(Reason.UNKNOWN_VERSION, message, version=newest)
-    if scope is not None and version < newest and (readable := _readable(db, scope.id, version)) > version:
+    if scope is not None and version < newest and (readable := _readable(db, scope, version)) > version:
         message = f"an entry of version {version} of scope {selection.scope!r} was erased; {readable} can be read"
         raise DomainError(Reason.SNAPSHOT_REDACTED, message, version=readable)
     return scope, version
 
 
-def scope_row(db: sa.Connection, name: str) -> Row | None:
-    """Raises STATE_DAMAGED."""
-    row = db.execute(_SCOPE, {"scope_name": name}).one_or_none()
+def scope_row(db: sa.Connection, name: str, version: int | None = None) -> Row | None:
+    """With a version, also until when it is redacted. Raises STATE_DAMAGED."""
+    statement, values = (_SCOPE, {}) if version is None else (_SCOPE_AT, {"version": version})
+    row = db.execute(statement, {"scope_name": name, **values}).one_or_none()
     if row is not None and not (_OF_SCOPE.is_sound(row) and row.name == name):
         raise damage_of(db).error(f"the scope {name!r}")
     return row
 
 
-def _readable(db: sa.Connection, scope_id: int, version: int) -> int:
+def _readable(db: sa.Connection, scope: Row, version: int) -> int:
     """The first version from this one on that had no entry which was erased since."""
-    while True:
-        found = db.execute(_REDACTED_UNTIL, {"scope": scope_id, "version": version}).scalar()
-        if found is None:
-            return version
-        version = found
+    while scope.redacted_until is not None:
+        version = scope.redacted_until
+        scope = db.execute(_SCOPE_AT, {"scope_name": scope.name, "version": version}).one()
+    return version
 
 
 def find(db: sa.Connection, selection: Selection, ordering: Ordering, limit: int, **parameters: Any) -> Found:
@@ -144,9 +149,11 @@ def find(db: sa.Connection, selection: Selection, ordering: Ordering, limit: int
         return Found((), version)
     values = {"scope": scope.id, "limit": limit, **_values(selection, version), **parameters}
     filters = _Filters.of(selection)
-    rows: list[Row] = []
-    for closed in _parts(version, scope.version):
-        rows += db.execute(_first(filters, ordering, closed), values).all()
+    if version == scope.version:
+        rows = list(db.execute(_first(filters, ordering), values))
+    else:
+        ids = db.execute(_first_then(filters, ordering), values).scalars().all()
+        rows = list(db.execute(_with_ids(ordering), {PART.key: ids, **parameters})) if ids else []
     rows.sort(key=ordering.key)
     return Found(as_then(db, rows[:limit]), version)
 
@@ -223,15 +230,38 @@ def _visible(closed: bool) -> tuple[Any, ...]:
 
 
 @lru_cache(_STATEMENTS)
-def _first(filters: _Filters, ordering: Ordering, closed: bool) -> sa.Select[Any]:
+def _first(filters: _Filters, ordering: Ordering) -> sa.Select[Any]:
+    """Of the newest version."""
+    return _states(ordering).where(standings.c.id.in_(_first_ids(filters, ordering, closed=False)))
+
+
+@lru_cache(_STATEMENTS)
+def _first_then(filters: _Filters, ordering: Ordering) -> sa.CompoundSelect[Any]:
+    """The ids of an older version's, and as many more. Their rows are read by a statement of their own: PostgreSQL
+    plans this one each time, which takes long where it joins tables."""
+    ids = (_first_ids(filters, ordering, closed).subquery() for closed in (False, True))
+    return sa.union_all(*(sa.select(part.c.id) for part in ids))
+
+
+@lru_cache(_STATEMENTS)
+def _with_ids(ordering: Ordering) -> sa.Select[Any]:
+    return _states(ordering).where(standings.c.id.in_(PART))
+
+
+def _states(ordering: Ordering) -> sa.Select[Any]:
+    return STATES.add_columns(*ordering.columns)
+
+
+def _first_ids(filters: _Filters, ordering: Ordering, closed: bool) -> sa.Select[Any]:
     ids = sa.select(standings.c.id).correlate(None)
     if filters.kinds or filters.task_prefix:
         ids = ids.join(reflections, reflections.c.position == standings.c.position)
     if ordering.of_texts:
         ids = ids.join(texts, texts.c.id == standings.c.text_id).where(*ordering.of_texts)
     ids = ids.where(standings.c.scope_id == sa.bindparam("scope"), *filters.conditions(), *_visible(closed))
-    first = ids.order_by(*ordering.by).limit(sa.bindparam("limit", type_=sa.Integer))
-    return STATES.add_columns(*ordering.columns).where(standings.c.id.in_(first))
+    by = (_LATEST_OF_FEW if closed and term is LATEST_FIRST else term for term in ordering.by)
+    # The limit is a number in the statement: PostgreSQL sees that few rows are read, and keeps the plan.
+    return ids.order_by(*by).limit(sa.bindparam("limit", type_=sa.Integer, literal_execute=True))
 
 
 @lru_cache(_STATEMENTS)
@@ -353,6 +383,12 @@ def scope_number(scope: str) -> sa.ScalarSelect[Any]:
     return sa.select(scopes.c.id).where(scopes.c.name == scope).scalar_subquery()
 
 
+def in_parts(db: sa.Connection, statement: sa.Select[Any], values: Sequence[Any]) -> Iterator[Row]:
+    """The rows of a statement with `PART` in it, for any number of values."""
+    for start in range(0, len(values), _PART_SIZE):
+        yield from db.execute(statement, {PART.key: values[start : start + _PART_SIZE]})
+
+
 def instant(microseconds: int) -> datetime:
     return datetime.fromtimestamp(microseconds / 1e6, UTC)
 
@@ -364,7 +400,8 @@ def as_then(db: sa.Connection, rows: Rows) -> tuple[StoredReflection, ...]:
 
 def as_now(db: sa.Connection, rows: Rows) -> tuple[StoredReflection, ...]:
     """What is damaged is left out; the log tells it."""
-    origins = _sources(db, [row.position for row in rows]) if rows else {}
+    made = [row.position for row in rows if row.source_sum]
+    origins = _sources(db, made) if made else {}
     found = []
     for row in rows:
         source_ids = origins.get(row.position, ())

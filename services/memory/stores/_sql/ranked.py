@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import sqlalchemy as sa
@@ -32,67 +34,74 @@ class Kind(StrEnum):
     MEANING = "meaning"
 
 
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    index: WordIndex | DenseIndex
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class Indexes:
-    """Of all scopes. Searches of several threads take turns."""
+    """Of all scopes. Searches of several threads take turns at an index."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[Kind, int], WordIndex | DenseIndex] = OrderedDict()
+        self._lock = threading.Lock()  # of the dictionary
+        self._kept: OrderedDict[tuple[Kind, int], _Kept] = OrderedDict()
 
     def forget(self) -> None:
         """After a transaction that failed an index may have what was never written."""
         with self._lock:
             self._kept.clear()
 
-    def read(self, db: sa.Connection, selection: Selection, kind: Kind, embedder: str = "") -> bool:
-        """Reads some of the texts that a search needs and that were written since the last one. Returns whether these
-        are all: other calls can take their turn in between."""
-        scope, _ = queries.at_version(db, selection)
-        with self._lock:
-            return scope is None or _catch_up(db, self._index(kind, scope.id), scope, embedder, BATCH)
-
     def erase(self, db: sa.Connection, reflection_id: str) -> None:
         """What the indexes have of an erased entry is gone. (Those of other servers do it before their next search.)"""
         known = sa.select(reflections.c.scope_id, reflections.c.position, reflections.c.deleted_version)
         for scope_id, position, version in db.execute(known.where(reflections.c.reflection_id == reflection_id)):
             with self._lock:
-                for (_, indexed), index in self._kept.items():
-                    if indexed == scope_id:
-                        index.erase(position, version)
+                of_scope = [kept for (_, indexed), kept in self._kept.items() if indexed == scope_id]
+            for kept in of_scope:
+                with kept.lock:
+                    kept.index.erase(position, version)
 
-    def find_words(self, db: sa.Connection, selection: Selection, text: str, limit: int) -> Found:
+    def find_words(self, db: sa.Connection, selection: Selection, text: str, limit: int) -> Found | None:
+        """The first entries. None where it has read some of the texts that were written since the last search, but not
+        all: other calls can take their turn before it goes on."""
         scope, version = queries.at_version(db, selection)
         if scope is None:
             return Found((), version)
-        with self._lock:
-            index = self._index(Kind.WORDS, scope.id)
+        with self._using(Kind.WORDS, scope.id) as index:
             assert isinstance(index, WordIndex)
-            _catch_up(db, index, scope, "", None)
+            if not _catch_up(db, index, scope, ""):
+                return None
             blocks = index.best(version, selection.environment, text, 2 * limit)
             return _selected(db, selection, scope, version, blocks, limit)
 
     def find_nearest(
         self, db: sa.Connection, selection: Selection, embedding: Sequence[float], limit: int, embedder: str
-    ) -> Found:
+    ) -> Found | None:
+        """The same."""
         scope, version = queries.at_version(db, selection)
         if scope is None:
             return Found((), version)
-        with self._lock:
-            index = self._index(Kind.MEANING, scope.id)
+        with self._using(Kind.MEANING, scope.id) as index:
             assert isinstance(index, DenseIndex)
-            _catch_up(db, index, scope, embedder, None)
+            if not _catch_up(db, index, scope, embedder):
+                return None
             blocks = index.nearest(version, selection.environment, embedding, 2 * limit)
             return _selected(db, selection, scope, version, blocks, limit)
 
-    def _index(self, kind: Kind, scope_id: int) -> WordIndex | DenseIndex:
+    @contextmanager
+    def _using(self, kind: Kind, scope_id: int) -> Iterator[WordIndex | DenseIndex]:
         """The index, made if there is none. Those that were used least recently go where all take too much memory."""
         key = (kind, scope_id)
-        if key not in self._kept:
-            self._kept[key] = WordIndex() if kind is Kind.WORDS else DenseIndex()
-        self._kept.move_to_end(key)
-        while len(self._kept) > 1 and sum(index.bytes for index in self._kept.values()) > _MAX_BYTES:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = _Kept(WordIndex() if kind is Kind.WORDS else DenseIndex())
+            self._kept.move_to_end(key)
+            while len(self._kept) > 1 and sum(one.index.bytes for one in self._kept.values()) > _MAX_BYTES:
+                self._kept.popitem(last=False)
+            kept = self._kept[key]
+        with kept.lock:
+            yield kept.index
 
 
 def _selected(
@@ -108,18 +117,17 @@ def _selected(
     return Found(queries.as_then(db, found[:limit]), version)
 
 
-def _catch_up(db: sa.Connection, index: WordIndex | DenseIndex, scope: Row, embedder: str, limit: int | None) -> bool:
-    """Reads the texts that were added since the index's version, or about the first `limit` of them, and those that
-    were closed, but for damaged ones. Returns whether the index has read them all."""
+def _catch_up(db: sa.Connection, index: WordIndex | DenseIndex, scope: Row, embedder: str) -> bool:
+    """Reads about the first BATCH of the texts that were added since the index's version, and those that were closed,
+    but for damaged ones. Returns whether the index has read them all."""
     _close(db, index, scope)
     since, until = index.texts.version, scope.version
     if since >= until:
         return True
     conditions = [texts.c.scope_id == scope.id, texts.c.from_version > since]
-    if limit is not None:
-        versions = sa.select(texts.c.from_version).where(*conditions).order_by(texts.c.from_version)
-        until = db.execute(versions.offset(limit - 1).limit(1)).scalar() or until
-        conditions.append(texts.c.from_version <= until)
+    versions = sa.select(texts.c.from_version).where(*conditions).order_by(texts.c.from_version)
+    until = db.execute(versions.offset(BATCH - 1).limit(1)).scalar() or until
+    conditions.append(texts.c.from_version <= until)
     is_words = isinstance(index, WordIndex)
     content = texts.c.text if is_words else texts.c.embedding
     opened = (

@@ -30,7 +30,7 @@ from mulligan.memory.store import (
 from mulligan.memory.stores._sql import outcomes as uses
 from mulligan.memory.stores._sql import queries, writes
 from mulligan.memory.stores._sql.embeddings import embed_some
-from mulligan.memory.stores._sql.ranked import BATCH, Indexes, Kind
+from mulligan.memory.stores._sql.ranked import BATCH, Indexes
 
 R = TypeVar("R")
 
@@ -67,28 +67,29 @@ class SqlStore(ABC):
         return await self._read(lambda db: queries.find(db, selection, queries.ORDERINGS[order], limit))
 
     async def find_words(self, selection: Selection, text: str, limit: int) -> Found:
-        await self._ready(selection, Kind.WORDS)
-        return await self._read(lambda db: self._indexes.find_words(db, selection, text, limit))
+        return await self._search(selection, lambda db: self._indexes.find_words(db, selection, text, limit))
 
     async def find_nearest(self, selection: Selection, embedding: Sequence[float], limit: int) -> Found:
         embedder = self._embedder
         if embedder is None:  # the embeddings are not used
             return await self.find(selection, Order.NEWEST, 0)
-        await self._ready(selection, Kind.MEANING, embedder)
-        return await self._read(lambda db: self._indexes.find_nearest(db, selection, embedding, limit, embedder))
+        return await self._search(
+            selection, lambda db: self._indexes.find_nearest(db, selection, embedding, limit, embedder)
+        )
 
-    async def _ready(self, selection: Selection, kind: Kind, embedder: str = "") -> None:
-        """The index of a scope has the texts that are there; other calls go on meanwhile, and the log tells how far it
-        is. A search that is given up leaves to the next one what it has read."""
+    async def _search(self, selection: Selection, find: Callable[[sa.Connection], Found | None]) -> Found:
+        """Goes on until the index has all texts; other calls go on meanwhile, and the log tells how far it is. A search
+        that is given up leaves to the next one what it has read."""
         began = told = time.monotonic()
         parts = 0
-        while not await self._read(lambda db: self._indexes.read(db, selection, kind, embedder)):
+        while (found := await self._read(find)) is None:
             parts += 1
             if time.monotonic() - told > _LOGGED_AFTER:
                 told = time.monotonic()
                 _log.info("reading texts for searches", scope=selection.scope, texts=parts * BATCH)
         if told > began:
             _log.info("texts for searches are read", seconds=round(time.monotonic() - began, 1))
+        return found
 
     async def get(self, reflection_id: str) -> StoredReflection:
         return await self._read(lambda db: queries.get(db, reflection_id))

@@ -55,7 +55,7 @@ _STANDING = Section(standings, _OWN.end, "standing_", (_OWN,))
 _NEWEST = (
     sa.select(*_OWN.columns, *_STANDING.columns, standings.c.id)
     .join_from(reflections, standings, standings.c.id == reflections.c.standing_id)
-    .where(reflections.c.position.in_(sa.bindparam("positions", expanding=True)))
+    .where(reflections.c.position.in_(queries.PART))
 )
 _FIRST = queries.entries_with(
     sa.and_(standings.c.position == reflections.c.position, standings.c.from_version == reflections.c.version)
@@ -328,7 +328,7 @@ def change_standings(
     deleted entry is open in no version. `made` changes the entry itself."""
     opened, closed = [], []
     entries: dict[int, tuple[dict[str, Any], bool]] = {}
-    for old in db.execute(_NEWEST, {"positions": list(changed)}):
+    for old in queries.in_parts(db, _NEWEST, list(changed)):
         kept, sound = _STANDING.values(old), _STANDING.is_sound(old)
         entries[old.position] = (_OWN.values(old) | dict(made or {}), _OWN.is_sound(old))
         is_open = old.until_version is None

@@ -180,3 +180,16 @@ async def test_a_database_that_went_away_is_told_and_comes_back(server: Postgres
     server.run(f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
     assert (await store.add(new("b"))).version == 2
     await store.close()
+
+
+async def test_a_connection_that_was_idle_is_asked_first(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "_IDLE_SECONDS", 0.0)
+    database = server.new_database()
+    store = await postgres.open(server.location(database), SETTINGS)
+    for version in (1, 2):
+        assert (await store.add(new(f"r{version}", f"text {version}"))).version == version
+        assert len((await store.find(selection(), Order.NEWEST, 5)).reflections) == version
+        server.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'")
+    await store.close()

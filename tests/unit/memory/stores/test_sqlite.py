@@ -19,9 +19,9 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.reflections import ReflectionStatus, UseOutcome
 from mulligan.memory.dense import DenseIndex
 from mulligan.memory.embedders import given
-from mulligan.memory.store import Added, NewReflection, Order, Rewriting, Store, StoreError, reflection_id
+from mulligan.memory.store import Added, Found, NewReflection, Order, Rewriting, Store, StoreError, reflection_id
 from mulligan.memory.stores import sqlite
-from mulligan.memory.stores._sql import ranked, tables
+from mulligan.memory.stores._sql import queries, ranked, tables
 from mulligan.memory.words import WordIndex
 from tests.support.paths import ROOT
 from tests.support.random_calls import random_calls
@@ -303,13 +303,13 @@ async def test_a_first_search_reads_the_texts_in_parts_and_other_calls_go_on(
     await store.close()
     store = await open_in(tmp_path)
     turns: list[str] = []
-    real = ranked.Indexes.read
+    real = ranked.Indexes.find_words
 
-    def read(*given: Any) -> bool:
+    def find_words(*given: Any) -> Found | None:
         turns.append("part")
         return real(*given)
 
-    monkeypatch.setattr(ranked.Indexes, "read", read)
+    monkeypatch.setattr(ranked.Indexes, "find_words", find_words)
 
     async def other_calls() -> None:
         while turns.count("part") < 3:
@@ -324,6 +324,21 @@ async def test_a_first_search_reads_the_texts_in_parts_and_other_calls_go_on(
     await store.close()
 
 
+async def test_a_report_of_more_entries_than_a_statement_takes_counts_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "_PART_SIZE", 2)
+    store = await open_in(tmp_path)
+    added = [(await store.add(new(f"r{number}", f"text {number}"))).reflection_id for number in range(5)]
+    shown = [use("first", added), use("second", added[1:], added[3])]
+    await store.record_uses(shown)
+    for expected in (2, 0):
+        assert await store.report([UseOutcome(one.use_id, 1.0) for one in shown]) == expected
+    uplifts = [(await store.get(identity)).uplift for identity in added]
+    assert [(one.uses_shown, one.uses_left_out) for one in uplifts if one] == [(1, 0), (1, 0), (1, 0), (1, 1), (1, 0)]
+    await store.close()
+
+
 async def test_searches_keep_nothing_of_what_was_erased(tmp_path: Path) -> None:
     store = await open_in(tmp_path)
     embedder = given.create(given.Settings(size=2))
@@ -334,7 +349,7 @@ async def test_searches_keep_nothing_of_what_was_erased(tmp_path: Path) -> None:
         assert (await store.find_words(selection(), text, 1)).reflections
     assert len((await store.find_nearest(selection(), (1.0, 0.0), 5)).reflections) == 2
     await store.erase(gone.reflection_id)
-    words, meaning = store._indexes._kept.values()
+    words, meaning = (kept.index for kept in store._indexes._kept.values())
     assert isinstance(words, WordIndex) and isinstance(meaning, DenseIndex)
     assert sorted(words._postings) == ["a", "both", "of", "word"] and words._lengths[:2].tolist() == [4, 0]
     assert meaning._rows[:2].tolist() == [[1.0, 0.0], [0.0, 0.0]]
