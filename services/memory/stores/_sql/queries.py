@@ -70,6 +70,7 @@ def entries_with(standing: Any) -> sa.Select[Any]:
     )
 
 
+_WITH_IDS = STATES.where(standings.c.id.in_(PART))
 _NEWEST_STATES = entries_with(standings.c.id == reflections.c.standing_id)
 
 LATEST_FIRST = standings.c.position.desc()
@@ -150,12 +151,12 @@ def find(db: sa.Connection, selection: Selection, ordering: Ordering, limit: int
     values = {"scope": scope.id, "limit": limit, **_values(selection, version), **parameters}
     filters = _Filters.of(selection)
     if version == scope.version:
-        rows = list(db.execute(_first(filters, ordering), values))
+        rows = sorted(db.execute(_first(filters, ordering), values), key=ordering.key)
     else:
-        ids = db.execute(_first_then(filters, ordering), values).scalars().all()
-        rows = list(db.execute(_with_ids(ordering), {PART.key: ids, **parameters})) if ids else []
-    rows.sort(key=ordering.key)
-    return Found(as_then(db, rows[:limit]), version)
+        first = sorted(db.execute(_first_then(filters, ordering), values), key=ordering.key)[:limit]
+        with_id = {row.standing_row: row for row in in_parts(db, _WITH_IDS, [one.id for one in first])}
+        rows = [with_id[one.id] for one in first]
+    return Found(as_then(db, rows), version)
 
 
 def states_of(
@@ -232,24 +233,18 @@ def _visible(closed: bool) -> tuple[Any, ...]:
 @lru_cache(_STATEMENTS)
 def _first(filters: _Filters, ordering: Ordering) -> sa.Select[Any]:
     """Of the newest version."""
-    return _states(ordering).where(standings.c.id.in_(_first_ids(filters, ordering, closed=False)))
+    first = _first_ids(filters, ordering, closed=False)
+    return STATES.add_columns(*ordering.columns).where(standings.c.id.in_(first))
 
 
 @lru_cache(_STATEMENTS)
 def _first_then(filters: _Filters, ordering: Ordering) -> sa.CompoundSelect[Any]:
-    """The ids of an older version's, and as many more. Their rows are read by a statement of their own: PostgreSQL
-    plans this one each time, which takes long where it joins tables."""
-    ids = (_first_ids(filters, ordering, closed).subquery() for closed in (False, True))
-    return sa.union_all(*(sa.select(part.c.id) for part in ids))
-
-
-@lru_cache(_STATEMENTS)
-def _with_ids(ordering: Ordering) -> sa.Select[Any]:
-    return _states(ordering).where(standings.c.id.in_(PART))
-
-
-def _states(ordering: Ordering) -> sa.Select[Any]:
-    return STATES.add_columns(*ordering.columns)
+    """The ids of an older version's and what orders them, among as many more. Their rows are read by a statement of
+    their own: PostgreSQL plans this one each time, which takes long where it joins tables."""
+    order = (standings.c[name] for name in ("position", "gain", "lower", "written", "tries"))
+    columns = (*order, *ordering.columns)
+    parts = (_first_ids(filters, ordering, closed).add_columns(*columns).subquery() for closed in (False, True))
+    return sa.union_all(*map(sa.select, parts))
 
 
 def _first_ids(filters: _Filters, ordering: Ordering, closed: bool) -> sa.Select[Any]:
