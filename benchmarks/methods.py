@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from benchmarks.common import print_result
@@ -142,14 +142,16 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
         "Embedded model, 100 test boards, first attempts without a reflection in context. Each arm has the best of",
         "three learning rates (100 steps, one seed, training boards only); RLVR has that and the best of three",
         "entropy bonuses. Each run has one core. Means over seeds with 95 % intervals (Student's t). Rollouts are",
-        "episodes and texts. Made by",
+        f"episodes and texts. In the order of the success at {half:,} rollouts, which every seed of every arm has",
+        "spent. Seconds are the median over seeds, evaluations included. Other work ran on the machine, which made some",
+        "runs take several times as long as others: compare tokens and optimizer steps instead. Made by",
         "`python -m benchmarks.methods` from the files in [methods/](methods/), each with its commit and command.",
         "",
         f"| method | seeds | learning rate | success at {half:,} rollouts | success at the end | rollouts "
-        "| optimizer steps | sampled tokens | seconds |",
+        "| optimizer steps | sampled tokens | seconds (median) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, results in _best_first(methods):
+    for name, results in _best_first(methods, half):
         early = [found for result in results if (found := at(result, half)) is not None]
         entropy = f", entropy {results[0]['entropy']}" if results[0]["entropy"] else ""
         row = [
@@ -161,7 +163,7 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
             told([result["rollouts"] for result in results], 0),
             f"{results[0]['optimizer_steps']:,}",
             told([result["sampled_tokens"] for result in results], 0),
-            told([result["train_seconds"] for result in results], 0),
+            f"{median(result['train_seconds'] for result in results):,.0f}",
         ]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, "", "![Learning curves](methods.png)", "", *parts(arms)])
@@ -183,7 +185,7 @@ def parts(arms: Mapping[str, Sequence[Result]]) -> list[str]:
         f"| arm | what it is | seeds | groups with signal | {successes} | success at the end | rollouts |",
         "|---" * (6 + len(places)) + "|",
     ]
-    for name, results in _best_first(compared):
+    for name, results in _best_first(compared, whole):
         signal = [_signal(result["groups_with_signal"]) for result in results]
         early = [[found for result in results if (found := at(result, place)) is not None] for place in places]
         row = [
@@ -199,8 +201,14 @@ def parts(arms: Mapping[str, Sequence[Result]]) -> list[str]:
     return [*lines, ""]
 
 
-def _best_first(arms: Mapping[str, Sequence[Result]]) -> list[tuple[str, Sequence[Result]]]:
-    return sorted(arms.items(), key=lambda arm: -fmean(result["test_success_after"] for result in arm[1]))
+def _best_first(arms: Mapping[str, Sequence[Result]], rollouts: int) -> list[tuple[str, Sequence[Result]]]:
+    """By their mean success at so many rollouts, or at the end where a run has fewer."""
+    return sorted(arms.items(), key=lambda arm: -fmean(_success(result, rollouts) for result in arm[1]))
+
+
+def _success(result: Result, rollouts: int) -> float:
+    found = at(result, rollouts)
+    return float(result["test_success_after"] if found is None else found)
 
 
 def _signal(shares: Sequence[float]) -> tuple[float, float]:
