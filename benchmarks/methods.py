@@ -143,8 +143,8 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
         "three learning rates (100 steps, one seed, training boards only); RLVR has that and the best of three",
         "entropy bonuses. Each run has one core. Means over seeds with 95 % intervals (Student's t). Rollouts are",
         f"episodes and texts. In the order of the success at {half:,} rollouts, which every seed of every arm has",
-        "spent. Seconds are the median over seeds, evaluations included. Other work ran on the machine, which made some",
-        "runs take several times as long as others: compare tokens and optimizer steps instead. Made by",
+        "spent. Seconds are the median over seeds, evaluations included. Other work ran on the machine, so that some",
+        "runs took several times as long as others: compare tokens and optimizer steps instead. Made by",
         "`python -m benchmarks.methods` from the files in [methods/](methods/), each with its commit and command.",
         "",
         f"| method | seeds | learning rate | success at {half:,} rollouts | success at the end | rollouts "
