@@ -7,6 +7,7 @@ belongs together; until then, what was there before stays in force. https://grpc
 from __future__ import annotations
 
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,35 @@ class PemFiles:
         if self._look() != seen:  # what was checked may not be what was read
             raise BadTls(f"{', '.join(str(path) for path in self._paths if path is not None)}: changed just now")
         return content
+
+
+class HttpsContext:
+    """How a client speaks TLS to servers that speak HTTP: `context`. `name` of the settings is not used, since HTTP
+    compares certificates with the host of the address. Raises BadTls.
+
+    A client calls `refresh` before it connects. Then it has the newest certificate, and trusts a new authority. One
+    that was taken away stays trusted until another context is made.
+    """
+
+    def __init__(self, tls: ClientTls):
+        self._tls = tls
+        self._files = PemFiles(tls.ca, tls.cert, tls.key)
+        self._content = self._files.content
+        self.context = ssl.create_default_context(cafile=tls.ca)  # the system's authorities for None
+        self._load()
+
+    def refresh(self) -> None:
+        content = self._files.content
+        if content is not self._content:
+            with suppress(OSError):  # changed again just now: the next call takes it
+                self._load()
+                self._content = content
+
+    def _load(self) -> None:
+        if self._tls.ca is not None:
+            self.context.load_verify_locations(self._tls.ca)
+        if self._tls.cert is not None and self._tls.key is not None:
+            self.context.load_cert_chain(self._tls.cert, self._tls.key, password=lambda: b"")
 
 
 def read_client_tls(ca: Path | None, name: str, cert: Path | None, key: Path | None) -> ClientTls | None:

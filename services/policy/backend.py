@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
 
 from mulligan.common.http_keys import key_problem
 from mulligan.common.inference import (
@@ -21,6 +24,7 @@ from mulligan.common.inference import (
     WeightsKind,
 )
 from mulligan.common.plugins import PluginSettings
+from mulligan.common.tls import BadTls, HttpsContext, read_client_tls
 from mulligan.policy.chat import Chat
 
 
@@ -65,6 +69,38 @@ class BackendSettings(PluginSettings):
                     if problem := key_problem(address, insecure=insecure):
                         return name, f"{problem}{', or `insecure` beside it' if allows else ''}"
         return None
+
+
+class HttpSettings(BackendSettings):
+    """Base of the `Settings` of backends that call servers by HTTP."""
+
+    local_only: ClassVar[frozenset[str]] = frozenset({"insecure", "tls_ca", "tls_cert", "tls_key"})
+
+    insecure: bool = Field(
+        False, description="Keys may go to other machines without TLS, over a network in which you trust everybody."
+    )
+    tls_ca: Path | None = Field(
+        None, description="PEM file with the authorities that https addresses are checked by; the system's if unset."
+    )
+    tls_cert: Path | None = Field(None, description="PEM file that identifies this service, where servers ask for it.")
+    tls_key: Path | None = Field(None, description="The private key of `tls_cert`.")
+
+    @model_validator(mode="after")
+    def _tls_is_used(self) -> Self:
+        try:
+            tls = read_client_tls(self.tls_ca, "", self.tls_cert, self.tls_key)
+        except (BadTls, ValueError) as error:
+            raise ValueError(f"tls_…: {error}") from error
+        for name in self.credentials if tls else ():
+            for address in filter(None, self.addresses(name)):
+                if urlsplit(address).scheme != "https":
+                    raise ValueError(f"{name}: with tls_… set, expected an address that begins with https://")
+        return self
+
+    def https(self) -> HttpsContext | None:
+        """None where the system's authorities are enough. Raises BadTls."""
+        tls = read_client_tls(self.tls_ca, "", self.tls_cert, self.tls_key)
+        return HttpsContext(tls) if tls else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -46,12 +47,13 @@ class ScriptedEndpoint:
     asked: list[Asked] = field(default_factory=list)
     gone: int = 0
     port: int = 0
+    tls: ssl.SSLContext | None = None
     _server: asyncio.Server | None = None
     _connections: dict[asyncio.Task[Any], asyncio.StreamWriter] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}/v1"
 
     @property
     def chats(self) -> list[Any]:
@@ -59,7 +61,7 @@ class ScriptedEndpoint:
         return [asked.body for asked in self.asked if asked.path.endswith("/chat/completions")]
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -125,8 +127,10 @@ class ScriptedEndpoint:
 
 
 @asynccontextmanager
-async def scripted(answer: Callable[[Asked], Reply]) -> AsyncIterator[ScriptedEndpoint]:
-    endpoint = ScriptedEndpoint(answer)
+async def scripted(
+    answer: Callable[[Asked], Reply], tls: ssl.SSLContext | None = None
+) -> AsyncIterator[ScriptedEndpoint]:
+    endpoint = ScriptedEndpoint(answer, tls=tls)
     await endpoint.start()
     try:
         yield endpoint

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -27,6 +28,7 @@ from mulligan.common.foreign import kept
 from mulligan.common.http_keys import key_problem
 from mulligan.common.proxies import is_direct
 from mulligan.common.rewards import read_reward
+from mulligan.common.tls import BadTls, ClientTls, HttpsContext, read_client_tls
 from mulligan.env import numbered
 from mulligan.env.base import (
     EnvironmentInfo,
@@ -63,7 +65,8 @@ class Settings:
     it the agent writes the action itself, as a JSON object. `train_tasks` and `test_tasks` are numbers of seeds for
     `reset`, or lists of tables, one table of arguments for each task. `reset` holds the arguments that all tasks have.
     `feedback_field` is a field of the last observation. `token_env` names the variable that holds the bearer token, if
-    the server wants one. It goes to another machine over TLS alone (https or wss), unless `insecure` is set.
+    the server wants one. It goes to another machine over TLS alone (https or wss), unless `insecure` is set. `tls_ca`,
+    `tls_cert` and `tls_key` are as in `ClientTls`; without `tls_ca` the system's authorities are trusted.
     """
 
     url: str
@@ -79,6 +82,9 @@ class Settings:
     timeout_seconds: float = 30.0
     token_env: str = ""
     insecure: bool = False
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     task: str = "You are to solve a task by acting step by step. Each message shows what came of your last action."
     action_format: str = ""
 
@@ -101,6 +107,17 @@ class Settings:
             raise ValueError(f"token_env: there is no variable {self.token_env}")
         if self.token_env and (problem := key_problem(self.url, insecure=self.insecure)):
             raise ValueError(f"url: {problem}, or `insecure` beside it")
+        try:
+            tls = self.tls
+        except (BadTls, ValueError) as error:
+            raise ValueError(f"tls_…: {error}") from error
+        if tls and not self.server.startswith("wss:"):
+            raise ValueError("url: with tls_… set, expected an address that begins with https:// or wss://")
+
+    @property
+    def tls(self) -> ClientTls | None:
+        """Raises ValueError and BadTls for bad TLS settings."""
+        return read_client_tls(self.tls_ca, "", self.tls_cert, self.tls_key)
 
     @property
     def server(self) -> str:
@@ -153,14 +170,16 @@ class Session:
         self._connection.close()
 
     def _connect(self) -> ClientConnection:
-        from websockets.exceptions import InvalidHandshake
+        from websockets.exceptions import WebSocketException
         from websockets.sync.client import connect
 
         settings = self._settings
         token = os.environ.get(settings.token_env, "") if settings.token_env else ""
         try:
+            tls = settings.tls
             return connect(
                 settings.server,
+                ssl=HttpsContext(tls).context if tls else None,
                 additional_headers={"Authorization": f"Bearer {token}"} if token else None,
                 open_timeout=settings.timeout_seconds,
                 close_timeout=_CLOSE_SECONDS,
@@ -169,7 +188,7 @@ class Session:
                 compression=None,
                 proxy=None if is_direct(urlsplit(settings.url).hostname or "") else True,
             )
-        except (OSError, InvalidHandshake) as error:  # TimeoutError is an OSError
+        except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
             # What the system says of a connection is ours; what came back by it is not.
             told = str(error) if isinstance(error, OSError) else kept(settings.shown, str(error))
             raise Faulted(f"no OpenEnv server at {settings.shown}: {type(error).__name__}: {told}") from None

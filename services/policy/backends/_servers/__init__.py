@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from mulligan.policy.backend import BackendSettings
+from mulligan.policy.backend import HttpSettings
 
 
 def read_key(path: Path | None) -> SecretStr | None:
@@ -37,11 +37,11 @@ def _with_key(path: Path) -> Path:
 KeyFile = Annotated[Path, AfterValidator(_with_key)]
 
 
-class ServerSettings(BackendSettings):
+class ServerSettings(HttpSettings):
     """Servers that run at `servers`. If none are named, this service launches and supervises some."""
 
-    local_only: ClassVar = frozenset(
-        {"python", "flags", "environment", "api_key_file", "insecure", "folder", "folder_in_engine"}
+    local_only: ClassVar = HttpSettings.local_only | frozenset(
+        {"python", "flags", "environment", "api_key_file", "folder", "folder_in_engine"}
     )
     exclusive: ClassVar = frozenset({"servers"})
 
@@ -53,9 +53,6 @@ class ServerSettings(BackendSettings):
     start_seconds: float = Field(900.0, gt=0, description="How long a launched server may take until it is ready.")
     api_key: SecretStr | None = Field(None, description="The servers' --api-key.")
     api_key_file: KeyFile | None = Field(None, description="The file with it, instead.")
-    insecure: bool = Field(
-        False, description="The keys may go to other machines without TLS, over a network in which you trust everybody."
-    )
     folder: Path | None = Field(
         None,
         description="Where weights are put for the engines to load, shared with them, whose group may read them; the "

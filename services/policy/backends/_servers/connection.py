@@ -11,6 +11,7 @@ import msgspec
 from pydantic import SecretStr
 
 from mulligan.common.foreign import kept
+from mulligan.common.tls import HttpsContext
 from mulligan.common.tracing import headers
 
 CONTROL_SECONDS = 30.0  # for what needs no work in the model
@@ -137,10 +138,19 @@ class HttpConnection:
         return status < 500 and status != 404
 
 
-def new_session() -> aiohttp.ClientSession:
+def new_session(https: HttpsContext | None) -> aiohttp.ClientSession:
     """A session without a limit on connections, since the servers queue requests themselves."""
+    tracing = aiohttp.TraceConfig()
+
+    async def connects(*_: object) -> None:
+        if https is not None:
+            https.refresh()
+
+    tracing.on_connection_create_start.append(connects)
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS), cookie_jar=aiohttp.DummyCookieJar()
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS, ssl=https.context if https else True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trace_configs=[tracing],
     )
 
 

@@ -57,7 +57,7 @@ async def open_servers(
     fixed, paths = await asyncio.to_thread(_fixed_adapters, settings, folders)
     async with AsyncExitStack() as stack:
         stack.callback(folders.close)
-        session = new_session()
+        session = new_session(chosen.https())
         stack.push_async_callback(session.close)
 
         key = chosen.key

@@ -8,24 +8,20 @@ from typing import ClassVar, Literal
 from pydantic import Field, JsonValue, SecretStr
 
 from mulligan.common.extras import MissingExtra
-from mulligan.policy.backend import Backend, BackendSettings
+from mulligan.policy.backend import Backend, HttpSettings
 from mulligan.policy.model_settings import ModelSettings
 
 
-class Settings(BackendSettings):
+class Settings(HttpSettings):
     """An endpoint that speaks OpenAI's chat completions."""
 
     in_0_1_0: ClassVar[bool] = True
-    after_0_1_0: ClassVar = frozenset({"insecure"})
-    local_only: ClassVar = frozenset({"insecure"})
+    after_0_1_0: ClassVar = HttpSettings.local_only
     reads_files: ClassVar[bool] = False
     credentials: ClassVar = {"base_url": frozenset({"api_key"})}
 
     base_url: str = Field("", description="Such as http://127.0.0.1:8000/v1.")
     api_key: SecretStr | None = Field(None, description="Sent as bearer token.")
-    insecure: bool = Field(
-        False, description="The key may go to other machines without TLS, over a network in which you trust everybody."
-    )
     request_seconds: float = Field(600.0, gt=0, description="How long the endpoint may take for one request.")
     max_retries: int = Field(3, ge=0, le=20, description="Of requests that it refuses for the moment.")
     context_length: int = Field(0, ge=0, description="The model's, to be told to callers; 0: as the endpoint says.")

@@ -71,6 +71,18 @@ async def open_backend(settings: ModelSettings, first_version: int) -> OpenAIBac
     return OpenAIBackend(settings, endpoint, first_version)
 
 
+def _http_client(settings: Settings, host: str) -> openai.DefaultAsyncHttpxClient:
+    https = settings.https()
+
+    async def asks(_: object) -> None:
+        if https is not None:
+            https.refresh()
+
+    return openai.DefaultAsyncHttpxClient(
+        trust_env=not is_direct(host), verify=https.context if https else True, event_hooks={"request": [asks]}
+    )
+
+
 class ChatEndpoint:
     """The connection to the endpoint, which is the policy's only replica. Knows whether it answers, and counts the
     requests in flight."""
@@ -88,7 +100,7 @@ class ChatEndpoint:
             default_headers={"Authorization": f"Bearer {key}"},
             timeout=openai.Timeout(chosen.request_seconds, connect=10.0),
             max_retries=chosen.max_retries,
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if is_direct(host) else None,
+            http_client=_http_client(chosen, host),
         )
         self._prober = self.client.with_options(max_retries=0, timeout=_PROBE_TIMEOUT)
         for client in (self.client, self._prober):

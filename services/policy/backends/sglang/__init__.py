@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field, SecretStr, field_validator
 
 from mulligan.common.extras import MissingExtra
-from mulligan.policy.backend import Backend
+from mulligan.policy.backend import Backend, HttpSettings
 from mulligan.policy.backends._servers import KeyFile, ServerSettings, read_key
 from mulligan.policy.model_settings import ModelSettings
 
@@ -23,7 +23,7 @@ class Settings(ServerSettings):
 
     local_only: ClassVar = ServerSettings.local_only | {"admin_api_key_file"}
     in_0_1_0: ClassVar[bool] = True
-    after_0_1_0: ClassVar = frozenset({"api_key_file", "admin_api_key_file", "insecure"})
+    after_0_1_0: ClassVar = HttpSettings.local_only | {"api_key_file", "admin_api_key_file"}
     credentials: ClassVar = {"servers": _KEYS, "router": _KEYS}
 
     router: str = Field("", description="Address of SGLang's router over `servers`; requests go through it.")
