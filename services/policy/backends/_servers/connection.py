@@ -138,7 +138,7 @@ class HttpConnection:
         return status < 500 and status != 404
 
 
-def new_session(https: HttpsContext | None) -> aiohttp.ClientSession:
+def new_session(https: HttpsContext | None = None) -> aiohttp.ClientSession:
     """A session without a limit on connections, since the servers queue requests themselves."""
     tracing = aiohttp.TraceConfig()
 
