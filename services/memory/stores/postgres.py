@@ -4,8 +4,8 @@ Writes of all servers take turns: a lock of the database is held from the first 
 versions have no gaps, and pages follow the order of commits. A turn writes all that waits at its server. Reads run
 beside them, each in a transaction that sees one state. All of this runs on threads of its own.
 
-Words are searched by an index in memory, as in other stores: PostgreSQL's ranking has no BM25. Embeddings are compared
-by pgvector, exactly.
+Words and embeddings are searched by indexes in memory, as in other stores: PostgreSQL's ranking has no BM25, and an
+exact search by pgvector takes about ten times as long. Embeddings have pgvector's type, for other programs.
 
 An erasure rewrites the tables that had the entry (VACUUM FULL). The server removes the old files at its next
 checkpoint. Its write-ahead log, its replicas and its backups have the bytes until they are recycled.
@@ -27,12 +27,11 @@ from pydantic import Field
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.extras import MissingExtra
 from mulligan.common.row_sums import RowDamage
-from mulligan.memory.store import Found, Selection, StoreError, StoreSettings
-from mulligan.memory.stores._sql import queries, writes
+from mulligan.memory.store import StoreError, StoreSettings
+from mulligan.memory.stores._sql import writes
 from mulligan.memory.stores._sql.migrate import migrate
 from mulligan.memory.stores._sql.store import SqlStore, plain_errors
 from mulligan.memory.stores._sql.sums import with_damage
-from mulligan.memory.stores._sql.tables import texts
 from mulligan.memory.stores._sql.worker import Call, Worker
 
 if TYPE_CHECKING:
@@ -46,17 +45,6 @@ _WRITING = 7_305_104_236_301  # the number of the lock of writes, among all of t
 _OLD_READS_SECONDS = 30.0  # that an erasure waits for transactions which may still see the erased rows
 _PAUSE_SECONDS = 0.02
 _IDLE_SECONDS = 1.0
-
-# The negative inner product of unit vectors, which is in the order of the cosine.
-_DISTANCE: sa.ColumnElement[float] = texts.c.embedding.op("<#>", return_type=sa.Double())(
-    sa.bindparam("embedding", type_=texts.c.embedding.type)
-)
-_NEAREST = queries.Ordering(
-    by=(_DISTANCE, queries.LATEST_FIRST),
-    key=lambda row: (row.distance, -row.position),
-    of_texts=(texts.c.embedder == sa.bindparam("embedder"),),
-    columns=(_DISTANCE.label("distance"),),
-)
 
 
 class Settings(StoreSettings):
@@ -141,12 +129,6 @@ class PostgresStore(SqlStore):
                 return [error]
             return [answer for call in calls for answer in self._transact([call])]
         return answers
-
-    def _nearest(
-        self, db: sa.Connection, selection: Selection, embedding: Sequence[float], limit: int, embedder: str
-    ) -> Found:
-        given = {"embedding": list(embedding), "embedder": embedder}
-        return queries.find(db, selection, _NEAREST, limit, **given)
 
     def _end(self) -> None:
         self._readers.shutdown()

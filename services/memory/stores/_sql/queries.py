@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -77,15 +77,11 @@ LATEST_FIRST = standings.c.position.desc()
 _LATEST_OF_FEW = (standings.c.position + 0).desc()  # the same; PostgreSQL walks no index of all positions for it
 
 
-@dataclass(frozen=True, eq=False)
-class Ordering:
-    """An order in SQL, and the same of rows. `of_texts` are further conditions, on texts; with them the order may be
-    one of texts, too. `columns` are read besides those of an entry."""
+class Ordering(NamedTuple):
+    """An order in SQL, and the same of rows."""
 
     by: tuple[Any, ...]
     key: Callable[[Row], tuple[float, ...]]
-    of_texts: tuple[Any, ...] = ()
-    columns: tuple[Any, ...] = ()
 
 
 ORDERINGS: dict[Order, Ordering] = {
@@ -142,18 +138,18 @@ def _readable(db: sa.Connection, scope: Row, version: int) -> int:
     return version
 
 
-def find(db: sa.Connection, selection: Selection, ordering: Ordering, limit: int, **parameters: Any) -> Found:
-    """The first of the entries that are selected. `parameters` are those of the ordering. Only standings are sorted:
-    the rest is read of those that are returned."""
+def find(db: sa.Connection, selection: Selection, order: Order, limit: int) -> Found:
+    """The first of the entries that are selected. Only standings are sorted: the rest is read of those that are
+    returned."""
     scope, version = at_version(db, selection)
     if scope is None:
         return Found((), version)
-    values = {"scope": scope.id, "limit": limit, **_values(selection, version), **parameters}
-    filters = _Filters.of(selection)
+    values = {"scope": scope.id, "limit": limit, **_values(selection, version)}
+    filters, key = _Filters.of(selection), ORDERINGS[order].key
     if version == scope.version:
-        rows = sorted(db.execute(_first(filters, ordering), values), key=ordering.key)
+        rows = sorted(db.execute(_first(filters, order), values), key=key)
     else:
-        first = sorted(db.execute(_first_then(filters, ordering), values), key=ordering.key)[:limit]
+        first = sorted(db.execute(_first_then(filters, order), values), key=key)[:limit]
         with_id = {row.standing_row: row for row in in_parts(db, _WITH_IDS, [one.id for one in first])}
         rows = [with_id[one.id] for one in first]
     return Found(as_then(db, rows), version)
@@ -231,30 +227,26 @@ def _visible(closed: bool) -> tuple[Any, ...]:
 
 
 @lru_cache(_STATEMENTS)
-def _first(filters: _Filters, ordering: Ordering) -> sa.Select[Any]:
+def _first(filters: _Filters, order: Order) -> sa.Select[Any]:
     """Of the newest version."""
-    first = _first_ids(filters, ordering, closed=False)
-    return STATES.add_columns(*ordering.columns).where(standings.c.id.in_(first))
+    return STATES.where(standings.c.id.in_(_first_ids(filters, order, closed=False)))
 
 
 @lru_cache(_STATEMENTS)
-def _first_then(filters: _Filters, ordering: Ordering) -> sa.CompoundSelect[Any]:
+def _first_then(filters: _Filters, order: Order) -> sa.CompoundSelect[Any]:
     """The ids of an older version's and what orders them, among as many more. Their rows are read by a statement of
     their own: PostgreSQL plans this one each time, which takes long where it joins tables."""
-    order = (standings.c[name] for name in ("position", "gain", "lower", "written", "tries"))
-    columns = (*order, *ordering.columns)
-    parts = (_first_ids(filters, ordering, closed).add_columns(*columns).subquery() for closed in (False, True))
+    columns = [standings.c[name] for name in ("position", "gain", "lower", "written", "tries")]
+    parts = (_first_ids(filters, order, closed).add_columns(*columns).subquery() for closed in (False, True))
     return sa.union_all(*map(sa.select, parts))
 
 
-def _first_ids(filters: _Filters, ordering: Ordering, closed: bool) -> sa.Select[Any]:
+def _first_ids(filters: _Filters, order: Order, closed: bool) -> sa.Select[Any]:
     ids = sa.select(standings.c.id).correlate(None)
     if filters.kinds or filters.task_prefix:
         ids = ids.join(reflections, reflections.c.position == standings.c.position)
-    if ordering.of_texts:
-        ids = ids.join(texts, texts.c.id == standings.c.text_id).where(*ordering.of_texts)
     ids = ids.where(standings.c.scope_id == sa.bindparam("scope"), *filters.conditions(), *_visible(closed))
-    by = (_LATEST_OF_FEW if closed and term is LATEST_FIRST else term for term in ordering.by)
+    by = (_LATEST_OF_FEW if closed and term is LATEST_FIRST else term for term in ORDERINGS[order].by)
     # The limit is a number in the statement: PostgreSQL sees that few rows are read, and keeps the plan.
     return ids.order_by(*by).limit(sa.bindparam("limit", type_=sa.Integer, literal_execute=True))
 

@@ -64,7 +64,7 @@ class SqlStore(ABC):
         return await self._write(lambda db: writes.add(db, new, self._embedder))
 
     async def find(self, selection: Selection, order: Order, limit: int) -> Found:
-        return await self._read(lambda db: queries.find(db, selection, queries.ORDERINGS[order], limit))
+        return await self._read(lambda db: queries.find(db, selection, order, limit))
 
     async def find_words(self, selection: Selection, text: str, limit: int) -> Found:
         return await self._search(selection, lambda db: self._indexes.find_words(db, selection, text, limit))
