@@ -15,8 +15,8 @@ from mulligan.common.types import EnvironmentInfo, TaskInfo
 from mulligan.trainer.harness import Harness, Plan
 from mulligan.trainer.metrics import EvaluationProgress
 from mulligan.trainer.recall import Reader, Recall
-from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.roles import check_role
+from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
 from mulligan.trainer.texts import first_system
