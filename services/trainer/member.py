@@ -261,7 +261,9 @@ class Member(Generic[S_co]):
         """The text with a reward. The later of two credits holds. An episode has that of its environment."""
         assert not text.is_episode, f"{text.role!r} is an episode"
         place = next(index for index, one in enumerate(self.samples) if one.sample_id == text.sample_id)
-        self.samples[place] = replace(self.samples[place], reward=reward, reward_parts=parts or {})
+        reward = None if reward is None else float(reward)  # the numbers may be those of another library
+        parts = {name: float(part) for name, part in (parts or {}).items()}
+        self.samples[place] = replace(self.samples[place], reward=reward, reward_parts=parts)
         return self.samples[place]
 
     def remember(self, text: Sample, *, before: float | None, after: float | None) -> None:
