@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -192,10 +192,10 @@ def check_environment(environment: EnvironmentInfo, policy: PolicyInfo, field: s
 
 
 def check_algorithm(
-    algorithm: ModuleType, environment: EnvironmentInfo, policy: PolicyInfo, speakers: Collection[str] = ()
+    name: str, algorithm: Any, environment: EnvironmentInfo, policy: PolicyInfo, speakers: Collection[str] = ()
 ) -> None:
-    """Checks that environment and policy can do what the algorithm declares in `NEEDS`. `speakers` are the purposes for
-    which the run has policies of their own.
+    """Checks that environment and policy can do what the algorithm of this name, a module or the object of an entry
+    point, declares in `NEEDS`. `speakers` are the purposes for which the run has policies of their own.
 
     Raises DomainError INVALID_SETTING.
     """
@@ -210,7 +210,6 @@ def check_algorithm(
         and "trains the policy on its reflections, and here another one writes them (policies.reflector)",
     }
     needs: Collection[str] = getattr(algorithm, "NEEDS", ())
-    name = algorithm.__name__.rpartition(".")[2]
     for need in needs:
         if need not in lacking:
             near = did_you_mean(need, lacking)
