@@ -59,9 +59,11 @@ def with_reward(groups: Sequence[Group], role: str) -> list[list[Sample]]:
     return [[sample for sample in samples if sample and sample.reward is not None] for samples in found]
 
 
-def number_trained(groups: Iterable[Iterable[Sample]]) -> int:
-    """How many of the samples have tokens to train on; at least 1, because losses are divided by it."""
-    return max(1, sum(bool(sample.sequences) and not sample.policy for group in groups for sample in group))
+def number_trained(groups: Iterable[Iterable[Sample]], targets: int = 0) -> int:
+    """How many of the samples have tokens to train on, and so many targets beside them; at least 1, because losses are
+    divided by it."""
+    samples = sum(bool(sample.sequences) and not sample.policy for group in groups for sample in group)
+    return max(1, samples + targets)
 
 
 def rewards_before(groups: Iterable[Group]) -> dict[str, float]:
@@ -136,6 +138,15 @@ def divergence(sample: Sample, teacher: TrainingTarget, beta: float, weight: flo
     another context, is taught to it in the sample's."""
     objectives = [Divergence(_tokens(sequence), beta) for sequence in teacher.sequences]
     return data_of(sample, sample.temperature, weight, branch, objectives)
+
+
+def preferences(
+    pairs: Iterable[tuple[TrainingTarget | Sample, Sample]], beta: float, ftx: float, weight: float, branch: str
+) -> list[Datum]:
+    """A branch of pairs, each of a chosen answer and a rejected one: the mean over those that give data. `weight` is
+    that of the branch."""
+    data = [datum for chosen, rejected in pairs for datum in preference(chosen, rejected, beta, ftx, weight, branch)]
+    return [replace(datum, weight=weight / len(data)) for datum in data]
 
 
 def preference(

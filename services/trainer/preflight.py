@@ -109,6 +109,11 @@ def idle_notices(settings: RunSettings) -> list[str]:
             wanted = " or ".join(f'"{one}"' for one in sorted(needed))
             found.append(f'{table}.{setting}: it has no effect with {table}.{other} = "{value}", only with {wanted}')
     algorithm = settings.algorithm
+    if algorithm.advantage == "over_turn" and algorithm.aggregation is Aggregation.TOKEN_MEAN:
+        found.append(
+            'algorithm.aggregation: with "token_mean" and algorithm.advantage = "over_turn", the tokens of truncated '
+            "samples count in the mean, which is not the paper's loss; that of another aggregation is"
+        )
     if "normalize_by_std" in algorithm.advantage_settings and _is_given(algorithm, "normalize_by_std"):
         found.append("algorithm.normalize_by_std: it has no effect, as algorithm.advantage_settings has it, too")
     if algorithm.memory_entries == 0:

@@ -115,6 +115,17 @@ async def test_without_its_bare_prompt_a_hinted_attempt_is_not_trained() -> None
     assert [datum.branch for datum in train([lost], Settings(hints=("h",)))] == ["first"]
 
 
+async def test_a_divisor_counts_what_gives_data() -> None:
+    """A hinted attempt may be too long with its hints and not without, or have no tokens under the bare prompt."""
+    experiences = await loop().step()
+    settings = Settings(hints=("h",), first_weight=1.0)
+    longer, lost, _ = experiences
+    (sample,) = longer.samples
+    group = [replace(longer, samples=(replace(sample, sequences=()),)), replace(lost, targets=()), experiences[2]]
+    data = train([group], settings)
+    assert [(datum.branch, datum.weight) for datum in data] == [("first", 0.5), ("transferred", 0.5)]
+
+
 async def test_an_attempt_lost_to_the_infrastructure_is_left_out_of_the_group() -> None:
     environment = FakeEnvironment({"t0": "go"})
 
