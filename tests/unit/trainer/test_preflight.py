@@ -69,8 +69,8 @@ async def test_a_run_without_it_is_refused(need: str, lacking: dict[str, Any], w
         (
             {"algorithm": {"advantage": "over_turn", "aggregation": "token_mean"}},
             [
-                'algorithm.aggregation: with "token_mean" and algorithm.advantage = "over_turn", the tokens of truncated '
-                "samples count in the mean, which is not the paper's loss; that of another aggregation is"
+                'algorithm.aggregation: with "token_mean" and algorithm.advantage = "over_turn", the tokens of '
+                "truncated samples count in the mean, which is not the paper's loss; that of another aggregation is"
             ],
         ),
         ({"loss": {"mismatch_limit": 3, "mismatch_correction": "masked"}}, []),
