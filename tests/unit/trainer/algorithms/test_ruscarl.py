@@ -119,11 +119,14 @@ async def test_a_divisor_counts_what_gives_data() -> None:
     """A hinted attempt may be too long with its hints and not without, or have no tokens under the bare prompt."""
     experiences = await loop().step()
     settings = Settings(hints=("h",), first_weight=1.0)
-    longer, lost, _ = experiences
+    longer, lost, bare = experiences
     (sample,) = longer.samples
-    group = [replace(longer, samples=(replace(sample, sequences=()),)), replace(lost, targets=()), experiences[2]]
-    data = train([group], settings)
-    assert [(datum.branch, datum.weight) for datum in data] == [("first", 0.5), ("transferred", 0.5)]
+    longer = replace(longer, samples=(replace(sample, sequences=()),))
+    for group, expected in (
+        ([longer, lost, bare], [("first", 1 / 3), ("transferred", 1 / 3), ("transferred", 1 / 3)]),
+        ([experiences[0], replace(lost, targets=()), bare], [("first", 0.5), ("transferred", 0.5)]),
+    ):
+        assert [(datum.branch, datum.weight) for datum in train([group], settings)] == expected
 
 
 async def test_an_attempt_lost_to_the_infrastructure_is_left_out_of_the_group() -> None:
