@@ -220,7 +220,10 @@ def step_text(metrics: Mapping[str, float], roles: Sequence[str]) -> str:
     tokens = metrics["sampled_tokens"] / max(metrics["sample_seconds"], 1e-9)
     excluded = f"  excluded {metrics['excluded']:.0f}" if metrics["excluded"] else ""
     shown = [f"{role} {_share(metrics.get(f'{SUCCESS}{role}'))}" for role in roles]
-    shown.append(f"reflections {metrics['reflections']:.0f}")
+    texts = metrics["reflections"]  # of any role
+    others = "texts" in metrics and metrics.get("texts_reflection", 0.0) != texts
+    word = "texts" if others else "reflections"
+    shown.append(f"{word} {texts:.0f}")
     return "  ".join([*shown, f"{tokens:,.0f} tokens/s{excluded}"])
 
 

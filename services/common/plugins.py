@@ -47,6 +47,7 @@ class Plugins:
     `find` resolves a name and checks that the plug-in has all `exports`; its `Settings` must be a subclass of
     `settings`, if that is given. `noun` is the name of the kind in messages, `package` contains the built-in ones,
     `group` is the entry point group. `default` is the plug-in that is used when the settings of a service name none.
+    `reserved` are names that no setting of a plug-in may have, as its contract has other uses for them.
     """
 
     noun: str
@@ -55,6 +56,7 @@ class Plugins:
     exports: tuple[str, ...]
     default: str = ""
     settings: type[PluginSettings] | None = None
+    reserved: tuple[str, ...] = ()
 
     @property
     def others(self) -> str:
@@ -114,6 +116,8 @@ class Plugins:
         base = self.settings
         if base is not None and not (isinstance(plugin.Settings, type) and issubclass(plugin.Settings, base)):
             raise UnusablePlugin(f"{name!r} is no {self.noun}: its `Settings` is no {base.__name__}")
+        if taken := [field for field in self.reserved if field in plugin.Settings.model_fields]:
+            raise UnusablePlugin(f"{name!r} is no {self.noun}: {taken[0]!r} cannot be the name of a setting")
         return plugin
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import structlog
 
+from mulligan.cli.progress import SUCCESS
 from mulligan.common.errors import DomainError
 from mulligan.console.series import RunSeries
 from mulligan.trainer.folder import RunFolder, RunRecord
@@ -50,6 +51,13 @@ class ShownRun:
         """The latest value of a metric."""
         found = self.series.series.get(metric)
         return None if found is None else found.last
+
+    @property
+    def in_training(self) -> float | None:
+        """The latest success of the role "first", or where there is none, of the role that was played first."""
+        names = [name for name in self.series.series if name.startswith(SUCCESS)]
+        name = min(names, key=lambda name: name != f"{SUCCESS}first", default=None)  # the first of equals
+        return None if name is None else self.last(name)
 
     def setting(self, *names: str) -> object:
         """Of the run's settings as they were given; None where there is no such one."""

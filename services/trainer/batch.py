@@ -16,10 +16,9 @@ from mulligan.common.experience import (
     Trained,
     TrainingTarget,
 )
-from mulligan.common.plugins import read_table
 from mulligan.common.rewards import total
 from mulligan.common.types import Outcome
-from mulligan.trainer.advantages import ADVANTAGES, Advantage, Return
+from mulligan.trainer.advantages import Advantage, Return, estimated
 from mulligan.trainer.aggregation import aggregate
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
 from mulligan.trainer.objective import InputKind, Objective, Tokens, inputs_of
@@ -60,9 +59,11 @@ def with_reward(groups: Sequence[Group], role: str) -> list[list[Sample]]:
     return [[sample for sample in samples if sample and sample.reward is not None] for samples in found]
 
 
-def number_trained(groups: Iterable[Iterable[Sample]]) -> int:
-    """How many of the samples have tokens to train on; at least 1, because losses are divided by it."""
-    return max(1, sum(bool(sample.sequences) and not sample.policy for group in groups for sample in group))
+def number_trained(groups: Iterable[Iterable[Sample]], targets: int = 0) -> int:
+    """How many of the samples have tokens to train on, and so many targets beside them; at least 1, because losses are
+    divided by it."""
+    samples = sum(bool(sample.sequences) and not sample.policy for group in groups for sample in group)
+    return max(1, samples + targets)
 
 
 def rewards_before(groups: Iterable[Group]) -> dict[str, float]:
@@ -85,8 +86,8 @@ def gradients(
     `before` has the reward of the attempt that a sample improves on, by the sample's id.
     """
     data: list[Datum] = []
-    for group, estimated in zip(groups, advantages(groups, settings, before), strict=True):
-        for sample, advantage in zip(group, estimated, strict=True):
+    for group, found in zip(groups, advantages(groups, settings, before), strict=True):
+        for sample, advantage in zip(group, found, strict=True):
             if not sample.policy:
                 data += policy_gradient(sample, advantage, weight, branch)
     return aggregate(data, settings.aggregation, settings.aggregation_constant)
@@ -100,24 +101,8 @@ def advantages(
     Raises ValueError where the estimator does not give one number, or one per sampled token, for each sample.
     """
     before = before or {}
-    estimator = ADVANTAGES.find(settings.advantage)
     told = [[returns(sample, before.get(sample.sample_id)) for sample in group] for group in groups]
-    found: list[list[Advantage]] = estimator.estimate(told, read_table(estimator.Settings, settings.estimator_settings))
-    if problem := _misshapen(told, found):
-        raise ValueError(f"advantage estimator {settings.advantage!r}: {problem}")
-    return found
-
-
-def _misshapen(told: Sequence[Sequence[Return]], found: Sequence[Sequence[Advantage]]) -> str:
-    """Where the advantages do not have the shape of the samples; empty if they have it."""
-    sizes = [len(group) for group in told], [len(group) for group in found]
-    if sizes[0] != sizes[1]:
-        return f"expected groups of {sizes[0]} samples, got {sizes[1]}"
-    for group, estimated in zip(told, found, strict=True):
-        for sample, advantage in zip(group, estimated, strict=True):
-            if isinstance(advantage, tuple) and len(advantage) != sample.tokens:
-                return f"expected one number per sampled token of a sample, {sample.tokens}, got {len(advantage)}"
-    return ""
+    return estimated(settings.advantage, settings.estimator_settings, told)
 
 
 def policy_gradient(sample: Sample, advantage: Advantage, weight: float, branch: str) -> list[Datum]:
@@ -153,6 +138,15 @@ def divergence(sample: Sample, teacher: TrainingTarget, beta: float, weight: flo
     another context, is taught to it in the sample's."""
     objectives = [Divergence(_tokens(sequence), beta) for sequence in teacher.sequences]
     return data_of(sample, sample.temperature, weight, branch, objectives)
+
+
+def preferences(
+    pairs: Iterable[tuple[TrainingTarget | Sample, Sample]], beta: float, ftx: float, weight: float, branch: str
+) -> list[Datum]:
+    """A branch of pairs, each of a chosen answer and a rejected one: the mean over those that give data. `weight` is
+    that of the branch."""
+    data = [datum for chosen, rejected in pairs for datum in preference(chosen, rejected, beta, ftx, weight, branch)]
+    return [replace(datum, weight=weight / len(data)) for datum in data]
 
 
 def preference(
@@ -255,6 +249,7 @@ def trained(data: Iterable[Datum], experiences: Sequence[Experience]) -> list[Tr
         place = place_of[source_id]
         own = tokens_in[place][source_id]
         nearest = [tokens_in[place], *tokens_in]  # another member may have sampled the same
+        numbers = inputs_of(datum.objective, InputKind.NUMBER).items()
         values = inputs_of(datum.objective, InputKind.TOKEN_VALUES).items()
         tokens = inputs_of(datum.objective, InputKind.TOKENS).items()
         found.append(
@@ -264,9 +259,11 @@ def trained(data: Iterable[Datum], experiences: Sequence[Experience]) -> list[Tr
                 sequence=own.index(datum.token_ids) if datum.token_ids in own else 0,
                 branch=datum.branch,
                 objective=name_of(type(datum.objective)),
-                weight=datum.weight,
-                numbers=inputs_of(datum.objective, InputKind.NUMBER),
-                values={name: each for name, each in values if each and name not in _OF_THE_POLICY},
+                weight=float(datum.weight),  # the numbers may be those of another library
+                numbers={name: float(one) for name, one in numbers},
+                values={
+                    name: tuple(map(float, each)) for name, each in values if len(each) and name not in _OF_THE_POLICY
+                },
                 others={name: other for name, one in tokens if (other := _with_tokens(one.token_ids, nearest))},
             )
         )

@@ -24,7 +24,7 @@ from mulligan.trainer.v1 import run_service_pb2 as pb
 from mulligan.trainer.wire import (
     entry_from_proto,
     evaluation_from_proto,
-    fill_proto,
+    fill_with,
     foreign_from_proto,
     settings_to_proto,
     state_from_proto,
@@ -134,7 +134,7 @@ class RunClient:
         request = pb.EvaluateRequest(
             environment=environment, seed=seed, max_tokens=max_tokens, run_id=run_id, policy=policy
         )
-        fill_proto(request.config, settings.model_dump(mode="json"))
+        fill_with(request.config, settings)
         streamed = pb.StreamEvaluateRequest(request=request)
         answer = pb.EvaluateResponse()
         connection = self._of(run_id)

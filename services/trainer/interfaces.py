@@ -50,7 +50,7 @@ class EpisodeHandle(Protocol):
 
 class EnvironmentPort(Protocol):
     async def describe(self, environment: str) -> EnvironmentInfo:
-        """Raises DomainError UNKNOWN_ENVIRONMENT."""
+        """Raises DomainError UNKNOWN_ENVIRONMENT, whose message has the nearest right name: the trainer knows none."""
 
     async def list_tasks(self, environment: str, split: Split, limit: int) -> list[TaskInfo]:
         """The first `limit` tasks; 0 means all."""
@@ -73,7 +73,7 @@ class PolicyPort(SamplingClient, Protocol):
     """All policies of a service. An empty name means the default policy."""
 
     async def info(self, policy: str = "") -> PolicyInfo:
-        """Raises DomainError UNKNOWN_POLICY."""
+        """Raises DomainError UNKNOWN_POLICY, whose message has the nearest right name."""
 
     async def versions(self, policy: str = "") -> Sequence[PolicyVersion]:
         """Newest first. A service with many versions gives the newest only."""

@@ -13,6 +13,7 @@ from mulligan.common.rewards import reaches
 from mulligan.common.tasks import Broadcast, PrioritySlots
 from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet
 from mulligan.trainer.harness import Harness, Plan
+from mulligan.trainer.roles import check_role, check_speaker
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import AlgorithmSettings, RolloutSettings
 from mulligan.trainer.texts import first_system, reflection_in, reflection_request
@@ -75,6 +76,9 @@ class Member(Generic[S_co]):
     `rollout` is its index in the group, from 0. `step` counts from 0 to `steps` - 1. `memory` are the entries of the
     reflection memory that it may be shown, as they were at the start of the step; `use` is the use of them that was
     drawn for it, and the entry that this leaves out is not among them. `info` is what the environment says of itself.
+
+    A role is a name of letters, digits and '_'. It may be that of several samples, or of several targets, of a member,
+    but not of both: they have their ids by it. Other roles and unknown speakers raise ValueError.
     """
 
     experience_id: str
@@ -192,6 +196,7 @@ class Member(Generic[S_co]):
         `speaker` is "reflector" or "judge": the policy of that name in `policies`, or the trained one if it is not set.
         Where the answer has a pair of the environment's reflection marks, the text is what stands between them.
         """
+        check_speaker(speaker)
         name, sample_id = self._next(role)
         text = self.recorder.find(sample_id)
         if text is None:
@@ -247,8 +252,8 @@ class Member(Generic[S_co]):
         return self._target(role, samples[-1], (sequence,), samples[0].system)
 
     def _target(self, role: str, source: Sample, sequences: tuple[TokenSequence, ...], system: str) -> TrainingTarget:
-        name = f"{self.experience_id}-{self._numbered(role, [target.role for target in self.targets])}"
-        target = TrainingTarget(name, role, source.sample_id, sequences, system)
+        name = self._numbered(role, [target.role for target in self.targets], self.samples)
+        target = TrainingTarget(f"{self.experience_id}-{name}", role, source.sample_id, sequences, system)
         self.targets.append(target)
         return target
 
@@ -256,7 +261,9 @@ class Member(Generic[S_co]):
         """The text with a reward. The later of two credits holds. An episode has that of its environment."""
         assert not text.is_episode, f"{text.role!r} is an episode"
         place = next(index for index, one in enumerate(self.samples) if one.sample_id == text.sample_id)
-        self.samples[place] = replace(self.samples[place], reward=reward, reward_parts=parts or {})
+        reward = None if reward is None else float(reward)  # the numbers may be those of another library
+        parts = {name: float(part) for name, part in (parts or {}).items()}
+        self.samples[place] = replace(self.samples[place], reward=reward, reward_parts=parts)
         return self.samples[place]
 
     def remember(self, text: Sample, *, before: float | None, after: float | None) -> None:
@@ -298,11 +305,15 @@ class Member(Generic[S_co]):
 
     def _next(self, role: str) -> tuple[str, str]:
         """Name and id of the next sample of this role: the second and later ones are numbered."""
-        name = self._numbered(role, [sample.role for sample in self.samples])
+        name = self._numbered(role, [sample.role for sample in self.samples], self.targets)
         return name, f"{self.experience_id}-{name}"
 
     @staticmethod
-    def _numbered(role: str, roles: Sequence[str]) -> str:
+    def _numbered(role: str, roles: Sequence[str], others: Sequence[Sample | TrainingTarget]) -> str:
+        """The name of the next one of a role. `roles` are those so far; `others` have ids of the same form."""
+        check_role(role)
+        if any(other.role == role for other in others):
+            raise ValueError(f"role: a sample and a target would be {role!r}, and share an id; expected two roles")
         count = roles.count(role)
         return f"{role}-{count + 1}" if count else role
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -17,24 +17,30 @@ def rollout_metrics(
     experiences: Sequence[Experience], threshold: float, environment: str, has_signal: Callable[[Group], bool]
 ) -> dict[str, float]:
     """`rollouts`, the number of episodes and texts, is the budget for comparing algorithms; each try of a conversation
-    is an episode. `reflections` counts texts, `distilled` targets. `groups_with_signal` is the share of
-    groups for which `has_signal` holds, among those with a reward.
+    is an episode. `texts` and `targets` count these, `texts_ROLE` and `targets_ROLE` those of a role. They were named
+    for ERL's alone, `reflections` and `distilled`; both names stay. `groups_with_signal` is the share of groups for
+    which `has_signal` holds, among those with a reward.
 
     For the attempts of each role in `environment`, the run's own, there are `reward_ROLE` and `success_ROLE`, and
     `tries_ROLE`, their mean number, where a conversation may hold several. Those in another environment begin with its
     name: `NAME/reward_ROLE`. `NAME/rollouts` are how many of the rollouts are in it."""
     samples = [sample for experience in experiences for sample in experience.samples]
     episodes = [sample for sample in samples if sample.is_episode]
-    texts = len(samples) - len(episodes)
+    texts = Counter(sample.role for sample in samples if not sample.is_episode)
+    targets = Counter(target.role for experience in experiences for target in experience.targets)
     sequences = [sequence for sample in samples for sequence in sample.sequences]
     metrics = {
-        "reflections": float(texts),
-        "distilled": float(sum(len(experience.targets) for experience in experiences)),
+        "reflections": float(texts.total()),
+        "texts": float(texts.total()),
+        "distilled": float(targets.total()),
+        "targets": float(targets.total()),
         "excluded": float(sum(not sample.outcome.has_reward for sample in samples)),
         "restarts": float(sum(episode.restarts for episode in episodes)),
         "rollouts": _rollouts(samples),
         "sampled_tokens": float(sum(sequence.sampled_count for sequence in sequences)),
     }
+    metrics |= {f"texts_{role}": float(count) for role, count in texts.items()}
+    metrics |= {f"targets_{role}": float(count) for role, count in targets.items()}
     groups = [group for group in groups_of(experiences) if rewards_of(one.samples[0] for one in group if one.samples)]
     if groups:
         metrics["groups_with_signal"] = fmean(map(has_signal, groups))

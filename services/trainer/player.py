@@ -15,6 +15,7 @@ from mulligan.common.types import EnvironmentInfo, TaskInfo
 from mulligan.trainer.harness import Harness, Plan
 from mulligan.trainer.metrics import EvaluationProgress
 from mulligan.trainer.recall import Reader, Recall
+from mulligan.trainer.roles import check_role
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
@@ -136,8 +137,10 @@ class Player:
     ) -> Sample:
         """A text: the answer to the message `user`, without its thoughts. `purpose` tells the texts for a task apart.
 
-        It is complete only with Outcome.COMPLETED, and empty where the infrastructure failed.
+        It is complete only with Outcome.COMPLETED, and empty where the infrastructure failed. Raises ValueError for a
+        `purpose` that is not a name of letters, digits and '_'.
         """
+        check_role(purpose, "purpose")
         blank = Sample.planned(self._new_id(task, purpose), purpose, system)
         sampling = SamplingParams(temperature, top_p, max_tokens=self.rollout.max_tokens)
         seed = derive_seed(self.seed, "evaluation", task.task_id, purpose)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -109,6 +109,11 @@ def idle_notices(settings: RunSettings) -> list[str]:
             wanted = " or ".join(f'"{one}"' for one in sorted(needed))
             found.append(f'{table}.{setting}: it has no effect with {table}.{other} = "{value}", only with {wanted}')
     algorithm = settings.algorithm
+    if algorithm.advantage == "over_turn" and algorithm.aggregation is Aggregation.TOKEN_MEAN:
+        found.append(
+            'algorithm.aggregation: with "token_mean" and algorithm.advantage = "over_turn", the tokens of truncated '
+            "samples count in the mean, which is not the paper's loss; that of another aggregation is"
+        )
     if "normalize_by_std" in algorithm.advantage_settings and _is_given(algorithm, "normalize_by_std"):
         found.append("algorithm.normalize_by_std: it has no effect, as algorithm.advantage_settings has it, too")
     if algorithm.memory_entries == 0:
@@ -192,10 +197,10 @@ def check_environment(environment: EnvironmentInfo, policy: PolicyInfo, field: s
 
 
 def check_algorithm(
-    algorithm: ModuleType, environment: EnvironmentInfo, policy: PolicyInfo, speakers: Collection[str] = ()
+    name: str, algorithm: Any, environment: EnvironmentInfo, policy: PolicyInfo, speakers: Collection[str] = ()
 ) -> None:
-    """Checks that environment and policy can do what the algorithm declares in `NEEDS`. `speakers` are the purposes for
-    which the run has policies of their own.
+    """Checks that environment and policy can do what the algorithm of this name, a module or the object of an entry
+    point, declares in `NEEDS`. `speakers` are the purposes for which the run has policies of their own.
 
     Raises DomainError INVALID_SETTING.
     """
@@ -210,7 +215,6 @@ def check_algorithm(
         and "trains the policy on its reflections, and here another one writes them (policies.reflector)",
     }
     needs: Collection[str] = getattr(algorithm, "NEEDS", ())
-    name = algorithm.__name__.rpartition(".")[2]
     for need in needs:
         if need not in lacking:
             near = did_you_mean(need, lacking)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from types import ModuleType
 
 from mulligan.common.errors import DomainError, Reason
@@ -95,7 +96,7 @@ class Chooser:
         for one in beside:
             self._history.add(one)
         try:
-            choice: Choice = self._sampler.choose(request, self._history, settings.sampler)
+            choice = _plain(self._sampler.choose(request, self._history, settings.sampler))
             problem = self._problem(choice, request.count)
         except UnfitSetting as error:
             raise DomainError(Reason.INVALID_SETTING, str(error), field=error.field) from error
@@ -126,6 +127,12 @@ class Chooser:
                 near = did_you_mean(task_id, (info.task_id for info in self._tasks.get(name, ())))
                 return f"task {task_id!r} of environment {name!r}, which is no training task of the run{near}"
         return ""
+
+
+def _plain(choice: Choice) -> Choice:
+    """The choice in the types that a journal takes, whatever a sampler has made it of."""
+    tasks = [Task(*map(str, task)) for task in choice.tasks]
+    return Choice(tasks, None if choice.horizon is None else index(choice.horizon))
 
 
 def _without_rewards(one: Round) -> Round:

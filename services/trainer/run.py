@@ -300,7 +300,7 @@ class Run:
             memory = services.memory_of(self.run_id, scope_of(settings, self.run_id))
         runner = StepRunner(self.run_id, settings, harness, memory, learner, others=others)
         for known in tasks.values():
-            check_algorithm(runner.algorithm, known.info, actor.info, speakers)
+            check_algorithm(settings.algorithm.name, runner.algorithm, known.info, actor.info, speakers)
         pipeline = Pipeline(runner, actor, self.environments, tasks, chooser, self.folder, self.notice)
         players = await self._players(harnesses, tasks, evaluator, pipeline)
         evaluations = Evaluations(

@@ -107,6 +107,7 @@ ALGORITHMS = Plugins(
     exports=("Settings", "play", "train"),
     default="erl",
     settings=AlgorithmSettings,
+    reserved=("settings", "second_attempt"),  # fields of `AlgorithmConfig` with a meaning of their own
 )
 # Before algorithms had names, this setting told them apart, and all of them had ERL's settings.
 BY_SECOND_ATTEMPT = {"reflection": "erl", "none": "rlvr", "raw_retry": "raw_retry", "try_again": "try_again"}

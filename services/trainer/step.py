@@ -165,7 +165,8 @@ class StepRunner:
         kept, dropped = trainable(experiences, self._limits, train_cut_texts=algorithm.train_cut_reflections)
         with self._blame():
             data: list[Datum] = self.algorithm.train(groups_of(kept), algorithm)
-        if problem := self._problem(data):
+            problem = self._problem(data)
+        if problem:
             raise AlgorithmFailed(f"algorithm {algorithm.name!r} gave {problem}")
         return data, counted(dropped)
 
@@ -176,6 +177,8 @@ class StepRunner:
         for datum in data:
             if not isinstance(datum, Datum):
                 return f"a {type(datum).__name__} among its data; expected Datum alone"
+            if not isinstance(datum.branch, str) or not datum.branch:
+                return f"a datum of the branch {datum.branch!r}; expected a name"
             if found := datum_problem(datum, self._limits):
                 said = f"{datum.datum_id}: {found.field}: expected {found.expected}, got {found.got}"
                 return f"a datum that cannot be trained on: {said}"
@@ -186,10 +189,9 @@ class StepRunner:
         assert self.learner is not None, "a run without a learner learns by its memory alone"
         data, left_out = self.training_data(experiences)
         with self._blame():
-            records = trained(data, experiences)
-        self.recorder.train(records)
-        if not self.settings.loss.regularizes:
-            data = [datum for datum in data if datum.weight and datum.objective.moves(self.settings.loss)]
+            self.recorder.train(trained(data, experiences))
+            if not self.settings.loss.regularizes:
+                data = [datum for datum in data if datum.weight and datum.objective.moves(self.settings.loss)]
         if not data:
             return left_out
         count = self.settings.algorithm.optimizer_steps

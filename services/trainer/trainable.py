@@ -29,13 +29,12 @@ _MEANINGS = {
     Problem.NOTHING_SAMPLED: "the policy reported no tokens that it sampled",
     Problem.MISALIGNED: "it does not have one log-probability for each sampled token",
     Problem.NOT_FINITE: "it holds a number that is not finite",
-    CUT_REFLECTION: "the reflection was cut at its token limit; algorithm.train_cut_reflections = true trains on it",
+    CUT_REFLECTION: "the text was cut at its token limit; algorithm.train_cut_reflections = true trains on it",
     CUT_VERDICT: "the judge's verdict on it was cut at its token limit (rollout.reflection_max_tokens), so it has no "
     "score",
-    REWRITTEN_HISTORY: "the policy began to rewrite earlier turns in the middle of a second attempt, which has no "
-    "distilled copy then",
-    NO_PROMPT: "the policy did not report the tokens of the first attempt's prompt, under which a second attempt is "
-    "distilled",
+    REWRITTEN_HISTORY: "the policy began to rewrite earlier turns in the middle of an episode, whose tokens under "
+    "another prompt cannot be known then",
+    NO_PROMPT: "the policy did not report the tokens of the prompt under which the sample's tokens were to stand",
     OTHER_POLICY: "another policy wrote a part of it (policies.reflector), whose tokens the trained one does not know",
 }
 

@@ -3,13 +3,14 @@ share; enum values are the proto's without their prefix, in lower case."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
-from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import BaseModel, ValidationError
 
@@ -23,6 +24,7 @@ from mulligan.trainer.v1 import run_config_pb2, run_service_pb2
 
 Settings = TypeVar("Settings", bound=BaseModel)
 _STRUCT = "google.protobuf.Struct"
+_EXACT = 2**53  # a Struct's numbers are doubles: these hold whole numbers up to here
 
 
 def settings_from_proto(config: run_config_pb2.RunConfig) -> RunSettings:
@@ -41,7 +43,7 @@ def validated(model: type[Settings], given: Mapping[str, Any] | Message) -> Sett
 
 def settings_to_proto(settings: RunSettings) -> run_config_pb2.RunConfig:
     config = run_config_pb2.RunConfig()
-    fill_proto(config, settings.model_dump(mode="json"))
+    fill_with(config, settings)
     for old, name in BY_SECOND_ATTEMPT.items():  # for clients from before algorithms had names
         if name == settings.algorithm.name:
             fill_proto(config.algorithm, {"second_attempt": old})
@@ -86,40 +88,119 @@ def plain_from_proto(message: Message, at: tuple[str, ...] = ()) -> dict[str, An
     return plain | others
 
 
+def fill_with(message: Message, settings: BaseModel) -> None:
+    """Fills in all settings."""
+    fill_proto(message, settings.model_dump(mode="json"))
+    _fill_in_unsent(message, settings)
+
+
 def fill_proto(message: Message, plain: Mapping[str, Any]) -> None:
-    """Fills in the fields by their names. Names without a field go into `settings`, where the message has that."""
-    known = message.DESCRIPTOR.fields_by_name
+    """Fills in the fields by their names. Where the message has `settings`, these take what has no field, and what
+    does not fit into the field of its name, such as a text where it has a number: a plug-in chooses its own types."""
+    takes_others = _takes_others(message)
     for name, value in plain.items():
         if value is None:
             continue
-        if name not in known and _takes_others(message):
-            getattr(message, "settings")[name] = value  # noqa: B009 - no type has it
-            continue
-        field = known[name]
-        if field.message_type is not None and field.message_type.full_name == _STRUCT:
-            getattr(message, name).update(value)
-        elif isinstance(value, Mapping):
-            getattr(message, name).SetInParent()
-            fill_proto(getattr(message, name), value)
-        elif isinstance(value, list | tuple) and field.message_type is not None:
-            for one in value:
-                fill_proto(getattr(message, name).add(), one)
-        elif isinstance(value, list | tuple):
-            getattr(message, name).extend(value)
-        elif field.enum_type is not None:
-            setattr(message, name, field.enum_type.values_by_name[_prefix(field) + str(value).upper()].number)
-        else:
-            setattr(message, name, value)
+        field = message.DESCRIPTOR.fields_by_name.get(name)
+        if not takes_others:
+            _fill(message, message.DESCRIPTOR.fields_by_name[name], value)
+        elif field is None or not _fits(message, field, value):
+            getattr(message, "settings")[name] = _in_struct(value)  # noqa: B009 - no type has it
+
+
+def _fill_in_unsent(message: Message, settings: BaseModel) -> None:
+    """Puts into `settings` what a field does not tell apart from nothing, such as None and an empty list, where that is
+    not the plug-in's default."""
+    fields = message.DESCRIPTOR.fields_by_name
+    sent = {field.name for field, _ in message.ListFields()}
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if name in sent and fields[name].message_type is not None:
+            nested, values = getattr(message, name), value
+            if not fields[name].is_repeated:
+                nested, values = [nested], [value]
+            for one, inner in zip(nested, values, strict=True):
+                if isinstance(inner, BaseModel):
+                    _fill_in_unsent(one, inner)
+        elif _takes_others(message) and name not in sent and value != info.get_default(call_default_factory=True):
+            others = getattr(message, "settings")  # noqa: B009 - no type has it
+            if name not in others:
+                others[name] = _in_struct(settings.model_dump(mode="json", include={name})[name])
+
+
+def _fits(message: Message, field: Any, value: Any) -> bool:
+    """Whether the field takes the value and gives it back as it is. If not, it is left empty."""
+    try:
+        _fill(message, field, value)
+        found = _plain(field, getattr(message, field.name), (field.name,))
+        if _is_struct(field) or (found == value and isinstance(found, bool) == isinstance(value, bool)):
+            return True
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):  # each a value of another type
+        pass
+    message.ClearField(field.name)
+    return False
+
+
+def _fill(message: Message, field: Any, value: Any) -> None:
+    name = field.name
+    if _is_struct(field):
+        getattr(message, name).update(_in_struct(value))
+    elif isinstance(value, Mapping):
+        getattr(message, name).SetInParent()
+        fill_proto(getattr(message, name), value)
+    elif isinstance(value, list | tuple) and field.message_type is not None:
+        for one in value:
+            fill_proto(getattr(message, name).add(), one)
+    elif isinstance(value, list | tuple):
+        getattr(message, name).extend(value)
+    elif field.enum_type is not None:
+        setattr(message, name, field.enum_type.values_by_name[_prefix(field) + str(value).upper()].number)
+    else:
+        setattr(message, name, value)
+
+
+def _in_struct(value: Any) -> Any:
+    """The value as a Struct takes it. Whole numbers that it would round are texts, which settings read as numbers."""
+    if isinstance(value, Mapping):
+        return {name: _in_struct(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_struct(one) for one in value]
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _EXACT:
+        return str(value)
+    return value
+
+
+def _of_struct(value: Struct | ListValue | Value, at: tuple[str, ...]) -> Any:
+    """The plain value. Whole numbers are int, as somebody wrote them. Raises ValidationError for one that is not
+    finite."""
+    if isinstance(value, Struct):
+        return {name: _of_struct(one, (*at, name)) for name, one in value.fields.items()}
+    if isinstance(value, ListValue):
+        *within, name = at
+        return [_of_struct(one, (*within, f"{name}[{place}]")) for place, one in enumerate(value.values)]
+    kind = value.WhichOneof("kind")
+    if kind in ("struct_value", "list_value"):
+        return _of_struct(getattr(value, kind), at)
+    if kind != "number_value":
+        return getattr(value, kind) if kind in ("string_value", "bool_value") else None
+    number = value.number_value
+    if not math.isfinite(number):
+        raise located({at: "expected a finite number"})
+    return int(number) if number.is_integer() and abs(number) <= _EXACT else number
+
+
+def _is_struct(field: Any) -> bool:
+    return field.message_type is not None and bool(field.message_type.full_name == _STRUCT)
 
 
 def _takes_others(message: Message) -> bool:
     field = message.DESCRIPTOR.fields_by_name.get("settings")
-    return field is not None and field.message_type is not None and field.message_type.full_name == _STRUCT
+    return field is not None and _is_struct(field)
 
 
 def _plain(field: Any, value: Any, at: tuple[str, ...]) -> Any:
-    if field.message_type is not None and field.message_type.full_name == _STRUCT:
-        return MessageToDict(value)
+    if _is_struct(field):
+        return _of_struct(value, at[:-1] if at[-1:] == ("settings",) else at)
     if field.message_type is not None:
         if not field.is_repeated:
             return plain_from_proto(value, at)

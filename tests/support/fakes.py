@@ -41,6 +41,7 @@ from mulligan.common.reflections import (
     Use,
     UseOutcome,
 )
+from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, PromptSet, Split, TaskInfo
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.settings import LossSettings
@@ -117,7 +118,8 @@ class FakeEnvironments:
 
     async def describe(self, environment: str) -> EnvironmentInfo:
         if environment not in self.named:
-            raise DomainError(Reason.UNKNOWN_ENVIRONMENT, f"there is no environment {environment!r}")
+            near = did_you_mean(environment, self.named)
+            raise DomainError(Reason.UNKNOWN_ENVIRONMENT, f"there is no environment {environment!r}{near}")
         return replace(await self.named[environment].describe(environment), name=environment)
 
     async def list_tasks(self, environment: str, split: Split, limit: int) -> list[TaskInfo]:

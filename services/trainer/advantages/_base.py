@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from mulligan.common.plugins import PluginSettings, read_chosen, read_table
-from mulligan.trainer.advantages import ADVANTAGES, Advantage, Return
+from mulligan.common.plugins import PluginSettings, read_chosen
+from mulligan.trainer.advantages import ADVANTAGES, Advantage, Return, estimated
 
 
 class WithBase(PluginSettings):
@@ -24,6 +24,4 @@ class WithBase(PluginSettings):
 
     def of_base(self, groups: Sequence[Sequence[Return]]) -> list[list[Advantage]]:
         """What the base estimates for these groups."""
-        base = ADVANTAGES.find(self.base)
-        estimated: list[list[Advantage]] = base.estimate(groups, read_table(base.Settings, self.base_settings))
-        return estimated
+        return estimated(self.base, self.base_settings, groups)

@@ -6,6 +6,9 @@ A is what the base estimator says of all samples, the truncated ones included. T
 instead of G. Losses are summed over samples of equal weight here, so G / ΣM in the advantage does the same. The shape
 is that of the base. A group in which all samples were truncated has zero advantages.
 
+With `aggregation = "token_mean"` a branch is divided by all its tokens, those of truncated samples too, so its loss is
+smaller than the paper's by their share. With the other aggregations it is the paper's.
+
 A policy that is trained with few turns is thus not taught to answer early, and uses more turns where it may.
 """
 

@@ -17,6 +17,7 @@ Deviations:
 2. Knowledge is kept only where a second attempt with it solved the task.
 3. The divergence is over the whole vocabulary.
 4. Neither reflections nor second attempts are trained. Infrastructure errors are left out.
+5. Student and teacher are at the temperature of the sampling (`rollout.temperature`), not at 1.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     firsts = with_reward(groups, FIRST)
     best = [best_refinement(group) for group in groups]
     mixed = [[*first, found[0]] if found else first for first, found in zip(firsts, best, strict=True)]
-    count = number_trained(mixed)
+    count = number_trained(firsts, sum(found is not None for found in best))
     attempts: list[Datum] = []
     refinements: list[Datum] = []
     for samples, found, estimated in zip(mixed, best, advantages(mixed, settings, rewards_before(groups)), strict=True):

@@ -19,6 +19,7 @@ Deviations:
 3. Where the chat template rewrites earlier turns, an episode is no single token sequence: such runs are refused.
 4. The loss of a pair is one number: `aggregation`, and what is set of advantages, mean nothing.
 5. Pairs with an infrastructure error are left out. A reflection is stored when r2 ≥ τ, as in ERL, and never trained.
+6. π and π_ref are at the temperature that y1 was sampled at (`rollout.temperature`). Published: 1.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pydantic import Field
 
 from mulligan.common.rewards import exceeds
 from mulligan.trainer.algorithms import Played
-from mulligan.trainer.batch import Group, preference
+from mulligan.trainer.batch import Group, preferences
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.memory_settings import MemoryReaders
@@ -82,9 +83,5 @@ async def play(member: Member[Settings]) -> None:
 
 def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     """One branch, `pairs`."""
-    found = [(one[FIRST], target) for group in groups for one in group if (target := one.target(BETTER))]
-    pairs = [(first, target) for first, target in found if first.sequences]
-    data: list[Datum] = []
-    for first, target in pairs:
-        data += preference(target, first, settings.beta, settings.ftx, settings.pair_weight / len(pairs), PAIRS)
-    return data
+    pairs = [(target, one[FIRST]) for group in groups for one in group if (target := one.target(BETTER))]
+    return preferences(pairs, settings.beta, settings.ftx, settings.pair_weight, PAIRS)

@@ -21,6 +21,7 @@ Deviations from the papers:
 4. L is the mean over all attempts that have a reward, as in ReST's equation. So its size falls with the share that
    passes, and code that averages over what passes has larger steps where little does.
 5. Attempts that end in an infrastructure error are left out and counted.
+6. What passes is trained at the temperature that it was sampled at (`rollout.temperature`), not at 1.
 """
 
 from __future__ import annotations

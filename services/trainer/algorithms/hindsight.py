@@ -18,6 +18,7 @@ Deviations from the paper:
 4. L is the mean over all attempts that have a reward; the paper's chains hold as many good as bad ones.
 5. Attempts that end in an infrastructure error are left out and counted, and so are bad ones whose tokens under the
    other prompt cannot be known.
+6. Attempts are trained at the temperature that they were sampled at (`rollout.temperature`), not at 1.
 """
 
 from __future__ import annotations

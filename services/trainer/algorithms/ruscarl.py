@@ -104,7 +104,9 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     """Branch `first`: attempts without hints. Branch `transferred`: those with hints, under the bare prompt."""
     played = [[sample for one in group for sample in one.samples if sample.reward is not None] for group in groups]
     targets = {target.source_id: target for group in groups for one in group for target in one.targets}
-    weight = settings.first_weight / number_trained(played)
+    bare_ones = [[sample for sample in samples if sample.role == FIRST] for samples in played]
+    hinted = sum(sample.role != FIRST and sample.sample_id in targets for samples in played for sample in samples)
+    weight = settings.first_weight / number_trained(bare_ones, hinted)
     bare: list[Datum] = []
     transferred: list[Datum] = []
     for samples, estimated in zip(played, advantages(played, settings), strict=True):

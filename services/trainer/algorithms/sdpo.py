@@ -19,6 +19,7 @@ Deviations:
 4. Feedback is that of the environment, and only of attempts that did not solve the task.
 5. `first_weight` adds a policy gradient, which the paper mixes in as a variant. Its default is 0.
 6. Attempts that end in an infrastructure error neither teach nor learn.
+7. Student and teacher are at the temperature of the sampling (`rollout.temperature`), not at 1.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ Deviations:
 5. Branches that end in an infrastructure error, or without a score, are left out. A verdict that was cut at its token
    limit (`rollout.reflection_max_tokens`) gives no score, as the number is to stand at its end; it is counted as
    `dropped_cut_verdict`.
+6. π and π_ref are at the temperature of the sampling (`rollout.temperature`). Published: 1.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pydantic import Field
 from mulligan.common.experience import Experience, ForkPoint, Sample
 from mulligan.common.rewards import exceeds, reaches, total
 from mulligan.common.types import Outcome
-from mulligan.trainer.batch import Group, preference, rest_of
+from mulligan.trainer.batch import Group, preferences, rest_of
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.seeds import derive_seed
@@ -149,10 +150,7 @@ def score_in(answer: str) -> float | None:
 def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     """One branch, `pairs`."""
     pairs = [pair for group in groups for one in group for pair in pairs_of(one, settings)]
-    data: list[Datum] = []
-    for chosen, rejected in pairs:
-        data += preference(chosen, rejected, settings.beta, settings.ftx, settings.pair_weight / len(pairs), PAIRS)
-    return data
+    return preferences(pairs, settings.beta, settings.ftx, settings.pair_weight, PAIRS)
 
 
 def pairs_of(experience: Experience, settings: Settings) -> Iterator[tuple[Sample, Sample]]:

@@ -20,7 +20,7 @@ from mulligan.trainer.objective import InputKind, Objective, Tokens, inputs, inp
 from mulligan.trainer.objectives import name_of, named
 from mulligan.trainer.settings import LossSettings, OptimizerSettings, TrainedModelSettings
 from mulligan.trainer.v1 import learner_service_pb2 as pb
-from mulligan.trainer.wire import Settings, fill_proto, plain_from_proto
+from mulligan.trainer.wire import Settings, fill_with, plain_from_proto
 
 
 def data_to_proto(data: Iterable[Datum]) -> list[pb.Datum]:
@@ -128,7 +128,7 @@ def _tokens(message: pb.OtherSequence) -> Tokens:
 
 def loss_to_proto(loss: LossSettings) -> pb.LossConfig:
     message = pb.LossConfig()
-    fill_proto(message, loss.model_dump(mode="json"))
+    fill_with(message, loss)
     return message
 
 
@@ -138,13 +138,13 @@ def loss_from_proto(message: pb.LossConfig) -> LossSettings:
 
 def model_to_proto(model: TrainedModelSettings) -> pb.ModelConfig:
     message = pb.ModelConfig()
-    fill_proto(message, model.model_dump(mode="json"))
+    fill_with(message, model)
     return message
 
 
 def spec_to_proto(spec: LearnerSpec, request: pb.CreateLearnerRequest) -> None:
     request.model.CopyFrom(model_to_proto(spec.model))
-    fill_proto(request.optimizer, spec.optimizer.model_dump(mode="json"))
+    fill_with(request.optimizer, spec.optimizer)
     request.seed = spec.seed
     request.deterministic = spec.deterministic
     request.keep_checkpoints = spec.keep_checkpoints

@@ -15,7 +15,15 @@ from mulligan.common.plugins import Plugins, read_named
 from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.objective import Loss
 
-LOSSES = Plugins("loss", __name__, "mulligan.losses", ("Settings", "loss"), "ppo", LossSettings)
+LOSSES = Plugins(
+    noun="loss",
+    package=__name__,
+    group="mulligan.losses",
+    exports=("Settings", "loss"),
+    default="ppo",
+    settings=LossSettings,
+    reserved=("settings",),  # the field that holds them on the wire
+)
 
 
 def read_loss(table: Any) -> LossSettings:

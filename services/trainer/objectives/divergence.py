@@ -62,11 +62,16 @@ def _reverse(student_NV: Tensor, teacher_NV: Tensor, beta_N1: Tensor) -> Tensor:
 
 
 def _mixed(student_NV: Tensor, teacher_NV: Tensor, beta_N1: Tensor) -> Tensor:
-    """β·KL(teacher ‖ m) + (1 − β)·KL(student ‖ m), with the mixture m = β·teacher + (1 − β)·student."""
-    mixture_NV = (teacher_NV + beta_N1.log()).logaddexp(student_NV + (1 - beta_N1).log())
+    """β·KL(teacher ‖ m) + (1 − β)·KL(student ‖ m), with the mixture m = β·teacher + (1 − β)·student.
+
+    Where both probabilities are 0, the mixture counts nothing. A value stands there whose gradient is a number."""
+    both_NV = teacher_NV.isneginf() & student_NV.isneginf()
+    teacher_part_NV = teacher_NV.masked_fill(both_NV, 0.0) + beta_N1.log()
+    mixture_NV = teacher_part_NV.logaddexp(student_NV.masked_fill(both_NV, 0.0) + (1 - beta_N1).log())
     beta_N = beta_N1[:, 0]
     return beta_N * _kl(teacher_NV, mixture_NV) + (1 - beta_N) * _kl(student_NV, mixture_NV)
 
 
 def _kl(one_NV: Tensor, other_NV: Tensor) -> Tensor:
-    return (one_NV.exp() * (one_NV - other_NV)).sum(-1)
+    """KL(one ‖ other). A token of probability 0 counts nothing: 0 · log 0 is 0, whatever the other says of it."""
+    return (one_NV.exp() * (one_NV - other_NV).masked_fill(one_NV.isneginf(), 0.0)).sum(-1)

@@ -47,4 +47,5 @@ PROTOCOLS = Plugins(
     group="mulligan.protocols",
     exports=("Settings", "run"),
     settings=ProtocolSettings,
+    reserved=("settings",),  # the field that holds them on the wire
 )

@@ -56,6 +56,7 @@ SAMPLERS = Plugins(
     exports=("Settings", "choose"),
     default="uniform",
     settings=SamplerSettings,
+    reserved=("settings",),  # the field that holds them on the wire
 )
 
 

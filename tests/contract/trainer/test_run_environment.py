@@ -52,6 +52,33 @@ async def stepped(client: RunClient, run_id: str) -> None:
             return
 
 
+@pytest.mark.parametrize(
+    ("field", "near", "changes"),
+    [
+        ("environment", "frozenlake-3x3", {"environment": "frozenlake-33"}),
+        (
+            "sampler.shares",
+            "untested",
+            {"sampler": {"name": "mixture", "shares": {"frozenlake-3x3": 0.5, "untestd": 0.5}}},
+        ),
+        ("policies.actor", "actor", {"policies": {"actor": "acter"}}),
+        ("policies.reflector", "actor", {"policies": {"reflector": "acter"}}),
+        ("tracking.writers[0]", "tensorboard", {"tracking": {"writers": ["tensorbord"]}}),
+    ],
+)
+async def test_an_unknown_name_is_told_with_its_setting_and_the_nearest_one(
+    loop: Loop, client: RunClient, field: str, near: str, changes: dict[str, Any]
+) -> None:
+    run_id = field.partition("[")[0].replace(".", "-")
+    try:
+        await client.start(run_id, small_run(**changes))
+    except DomainError as refused:  # what needs no other service
+        said = refused.message
+    else:
+        said = await loop.failure(run_id)
+    assert f"{field}: " in said and f"; did you mean '{near}'?" in said
+
+
 async def test_an_env_server_that_comes_back_with_another_seed(loop: Loop, client: RunClient) -> None:
     await client.start("run", small_run(steps=500, checkpoint_every=1))
     await stepped(client, "run")

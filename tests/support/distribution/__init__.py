@@ -24,6 +24,22 @@ unlikelihood = acme.unlikelihood
 
 [mulligan.losses]
 tilted = acme.tilted
+
+[mulligan.algorithms]
+persistent = acme.persistent
+persistent-object = acme.objects:algorithm
+
+[mulligan.advantages]
+halved = acme.halved
+halved-object = acme.objects:estimator
+
+[mulligan.samplers]
+backwards = acme.backwards
+backwards-object = acme.objects:sampler
+
+[mulligan.protocols]
+ever = acme.ever
+ever-object = acme.objects:protocol
 """
 
 

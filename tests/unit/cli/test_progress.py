@@ -139,6 +139,11 @@ def test_a_step_shows_the_roles_of_its_algorithm() -> None:
     text = step_text(METRICS | {"success_first": 1.0}, roles)
     assert text == "first 1.00  refinement   –   reflections 0  16 tokens/s"
     assert step_text(METRICS, []).startswith("reflections 0")
+    written = METRICS | {"reflections": 3.0, "texts": 3.0}
+    assert step_text(written | {"texts_reflection": 3.0}, []).startswith("reflections 3")
+    assert step_text(written | {"texts_critique": 3.0}, []).startswith("texts 3")
+    assert step_text(written | {"texts_critique": 1.0, "texts_reflection": 2.0}, []).startswith("texts 3")
+    assert step_text(METRICS | {"reflections": 3.0}, []).startswith("reflections 3"), "of an older trainer"
 
 
 def test_metrics_of_protocols_are_in_the_order_of_their_numbers() -> None:

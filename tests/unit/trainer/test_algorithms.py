@@ -10,6 +10,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec import structs
 
@@ -33,6 +34,7 @@ from mulligan.trainer.wire import foreign_from_proto, settings_from_proto, setti
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 from tests.support.waiting import until
 
+untyped: Any = policy_gradient
 BEST_OF_GROUP = '''
 """Each member plays, looks at what the others did, and plays again under a hint if it is not among the best."""
 
@@ -219,6 +221,18 @@ async def test_data_that_no_learner_takes_are_the_algorithms_fault(
             ],
             "the datum 'somebody.else' is of no sample or target of the step",
         ),
+        (
+            lambda groups, _: [replace(policy_gradient(groups[0][0]["first"], 1.0, 1.0, "b")[0], branch="")],
+            "gave a datum of the branch ''; expected a name",
+        ),
+        (
+            lambda groups, _: untyped(groups[0][0]["first"], "1", 1.0, "b"),
+            "raised\n(?s:.)*TypeError: must be real number, not str",
+        ),
+        (
+            lambda groups, _: untyped(groups[0][0]["first"], 1.0, None, "b"),
+            "raised\n(?s:.)*TypeError: must be real number, not NoneType",
+        ),
     ],
 )
 async def test_what_are_no_data_of_the_step_are_the_algorithms_fault(
@@ -229,6 +243,36 @@ async def test_what_are_no_data_of_the_step_are_the_algorithms_fault(
     monkeypatch.setattr(made.algorithm, "train", give)
     with pytest.raises(AlgorithmFailed, match=f"algorithm 'acme.best_of_group' (?s:.)*{words}"):
         await made.learn(0, sampled)
+
+
+async def test_numbers_of_other_libraries_are_trained_on_and_journaled(
+    outside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = StepJournal(tmp_path, 0)
+    journal.start(StepStarted(0, ["t0"], 0, 0))
+    made = await runner(config(outside), journal)
+
+    async def play(member: Any) -> None:
+        first = await member.attempt("first")
+        member.credit(await member.write("verdict", "well?", parent=first), np.float32(0.5), {"form": np.float64(0.5)})
+
+    def train(groups: Any, settings: Any) -> list[Any]:
+        one, other = (untyped(member["first"], 0.0, np.float32(0.5), "b")[0] for member in groups[0][:2])
+        values = np.full(sum(other.loss_mask), 0.5, np.float32)
+        changed = replace(one.objective, advantage=np.float32(2)), replace(other.objective, advantages=values)
+        return [replace(datum, objective=objective) for datum, objective in zip((one, other), changed, strict=True)]
+
+    monkeypatch.setattr(made.algorithm, "play", play)
+    monkeypatch.setattr(made.algorithm, "train", train)
+    sampled = await made.sample(0, ["t0"], 0)
+    await made.learn(0, sampled)
+    journal.close()
+    read = read_experiences(journal_file(tmp_path, 0))
+    assert [(one["verdict"].reward, one["verdict"].reward_parts) for one in read] == [(0.5, {"form": 0.5})] * 3
+    [one] = read[0].trained
+    [other] = read[1].trained
+    assert (one.weight, one.numbers["advantage"], one.values) == (0.5, 2.0, {})
+    assert set(other.values["advantages"]) == {0.5}
 
 
 async def test_an_algorithm_says_which_groups_have_a_signal(

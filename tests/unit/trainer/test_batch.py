@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import fsum
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -256,20 +257,65 @@ def test_the_turns_of_an_episode_that_cannot_be_trained_on_count_in_its_group() 
         ("[[0.5, 0.5], []]", r"expected groups of \[2\] samples, got \[2, 0\]"),
         ("[[0.5, (0.5,)]]", "expected one number per sampled token of a sample, 2, got 1"),
         ("[[(0.5, 0.5, 0.5), 0.5]]", "expected one number per sampled token of a sample, 2, got 3"),
+        ("[[[0.5], 0.5]]", "expected one number per sampled token of a sample, 2, got 1"),
+        ("[[0.5, None]]", "expected a number or one per sampled token, got None"),
+        ("[[0.5, '0.5']]", "expected a number or one per sampled token, got '0.5'"),
+        ("[[0.5, {1: 2, 3: 4}]]", "expected a number or one per sampled token, got {1: 2, 3: 4}"),
+        ("[[0.5, [[1.0], [2.0]]]]", r"expected a number or one per sampled token, got \[\[1.0\], \[2.0\]\]"),
+        ("[[numpy.ones((2, 2)), 0.5]]", "expected a number or one per sampled token, got array"),
+        ("[[0.5, 1j]]", "expected a number or one per sampled token, got 1j"),
+        ("None", "raised TypeError: 'NoneType' object is not iterable"),
+        ("[0.5]", "raised TypeError: 'float' object is not iterable"),
+        ("groups[9]", "raised IndexError: list index out of range"),
+        ("([1 / 0 for _ in group] for group in groups)", "raised ZeroDivisionError: division by zero"),
     ],
 )
-def test_advantages_of_another_shape_are_refused(
-    given: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_advantages_of_another_shape_are_refused(given: str, words: str, estimator: Callable[[str], str]) -> None:
+    name = estimator(given)
+    group = [attempt("a", "first", 1.0), attempt("b", "first", 0.0)]
+    with pytest.raises(ValueError, match=f"advantage estimator '{name}':? {words}"):
+        advantages([group], Settings(advantage=name))
+    over = {"base": name}
+    with pytest.raises(ValueError, match=f"advantage estimator '{name}':? {words}"):
+        advantages([group], Settings(advantage="over_turn", advantage_settings=over))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("[[0.5, 1]]", [[0.5, 1.0]]),
+        ("[[True, [1, 2]]]", [[1.0, (1.0, 2.0)]]),
+        ("[[numpy.float32(0.5), numpy.int64(1)]]", [[0.5, 1.0]]),
+        ("[[numpy.array(0.5), numpy.array([0.5, 1], 'float32')]]", [[0.5, (0.5, 1.0)]]),
+        ("numpy.array([[0.5, 1]])", [[0.5, 1.0]]),
+        ("numpy.array([[[0.5, 1], [2, 3]]])", [[(0.5, 1.0), (2.0, 3.0)]]),
+        ("(iter((0.5, 1)) for _ in groups)", [[0.5, 1.0]]),
+        ("[[fractions.Fraction(1, 2), (one for one in (1, 2))]]", [[0.5, (1.0, 2.0)]]),
+    ],
+)
+def test_numbers_and_arrays_of_other_libraries_are_advantages(
+    given: str, expected: Any, estimator: Callable[[str], str]
 ) -> None:
-    (tmp_path / "misshapen.py").write_text(
-        "from mulligan.common.plugins import PluginSettings\n\n\n"
-        "class Settings(PluginSettings):\n    pass\n\n\n"
-        f"def estimate(groups, settings):\n    return {given}\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "misshapen", raising=False)
-    with pytest.raises(ValueError, match=f"advantage estimator 'misshapen': {words}"):
-        advantages([[attempt("a", "first", 1.0), attempt("b", "first", 0.0)]], Settings(advantage="misshapen"))
+    group = [attempt("a", "first", 1.0), attempt("b", "first", 0.0)]
+    found = advantages([group], Settings(advantage=estimator(given)))
+    assert repr(found) == repr(expected), "plain numbers, which a journal takes"
+
+
+@pytest.fixture
+def estimator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Makes an estimator of another package that returns an expression; its name."""
+
+    def made(given: str) -> str:
+        (tmp_path / "misshapen.py").write_text(
+            "import fractions\n\nimport numpy\n\nfrom mulligan.common.plugins import PluginSettings\n\n\n"
+            "class Settings(PluginSettings):\n    pass\n\n\n"
+            f"def estimate(groups, settings):\n    return {given}\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "misshapen", raising=False)
+        return "misshapen"
+
+    return made
 
 
 def other(identity: str) -> TrainingTarget:

@@ -171,6 +171,14 @@ async def test_a_failing_environment_excludes_and_fails_nothing() -> None:
     assert await made.observe(made.tasks[0]) == "board t0"
 
 
+async def test_a_purpose_that_would_give_two_texts_one_id_is_refused() -> None:
+    made = await player(board(2), FakePolicy(says))
+    ids = [(await made.write(made.tasks[0], "opinion", "well?")).sample_id for _ in range(2)]
+    assert len({*ids}) == 2
+    with pytest.raises(ValueError, match=r"purpose: expected 1 to 64 letters, .*; got 'opinion-n2'"):
+        await made.write(made.tasks[0], "opinion-n2", "well?")
+
+
 def manager(folder: Path, environment: FakeEnvironment, policy: FakePolicy) -> RunManager:
     async def open_learner(run_id: str, settings: RunSettings) -> FakeLearner:
         return FakeLearner()

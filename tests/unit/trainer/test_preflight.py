@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +15,10 @@ from tests.support.fakes import FakeEnvironment, FakePolicy
 
 
 async def checked(needs: set[str], *, rewrites: bool = False, speakers: Any = (), **environment: Any) -> None:
-    algorithm = ModuleType("acme.mine")
-    algorithm.NEEDS = needs  # type: ignore[attr-defined]
+    algorithm = SimpleNamespace(NEEDS=needs)  # the object of an entry point may have no name
     policy = FakePolicy(lambda system, last, sampling: "", rewrites_history=rewrites)
     info = replace(await FakeEnvironment({}).describe("fake"), **({"can_fork": True} | environment))
-    check_algorithm(algorithm, info, replace(await policy.info(), name="served"), speakers)
+    check_algorithm("acme.mine", algorithm, info, replace(await policy.info(), name="served"), speakers)
 
 
 async def test_a_run_that_has_what_its_algorithm_needs() -> None:
@@ -30,11 +29,11 @@ async def test_a_run_that_has_what_its_algorithm_needs() -> None:
 @pytest.mark.parametrize(
     ("need", "lacking", "words"),
     [
-        ("fork", {"can_fork": False}, "'mine' forks episodes, and environment 'fake' has no forks"),
-        ("fork", {"deterministic": False}, "'mine' forks episodes, and environment 'fake' is not deterministic"),
+        ("fork", {"can_fork": False}, "'acme.mine' forks episodes, and environment 'fake' has no forks"),
+        ("fork", {"deterministic": False}, "'acme.mine' forks episodes, and environment 'fake' is not deterministic"),
         ("tokenize", {"rewrites": True}, "the chat template of policy 'served' rewrites earlier turns"),
         ("own_reflections", {"speakers": ("reflector",)}, "another one writes them (policies.reflector)"),
-        ("frok", {}, "'mine' declares an unknown need 'frok'; did you mean 'fork'?"),
+        ("frok", {}, "'acme.mine' declares an unknown need 'frok'; did you mean 'fork'?"),
     ],
 )
 async def test_a_run_without_it_is_refused(need: str, lacking: dict[str, Any], words: str) -> None:
@@ -64,6 +63,14 @@ async def test_a_run_without_it_is_refused(need: str, lacking: dict[str, Any], w
             [
                 'algorithm.aggregation_constant: it has no effect with algorithm.aggregation = "token_mean", only with '
                 '"constant"'
+            ],
+        ),
+        ({"algorithm": {"advantage": "over_turn", "aggregation": "constant"}}, []),
+        (
+            {"algorithm": {"advantage": "over_turn", "aggregation": "token_mean"}},
+            [
+                'algorithm.aggregation: with "token_mean" and algorithm.advantage = "over_turn", the tokens of '
+                "truncated samples count in the mean, which is not the paper's loss; that of another aggregation is"
             ],
         ),
         ({"loss": {"mismatch_limit": 3, "mismatch_correction": "masked"}}, []),

@@ -153,10 +153,10 @@ def mixed(**shares: float) -> dict[str, Any]:
 async def test_an_environment_that_is_not_served_is_refused_by_the_setting_that_names_it(tmp_path: Path) -> None:
     error = await refused(World(tmp_path, **mixed(fake=0.5, quizz=0.5)))
     assert error.reason is Reason.INVALID_SETTING and error.metadata["field"] == "sampler.shares"
-    assert error.message == "sampler.shares: there is no environment 'quizz'"
+    assert error.message == "sampler.shares: there is no environment 'quizz'; did you mean 'quiz'?"
     own = await refused(World(tmp_path / "own", environment="fkae"))
     assert own.reason is Reason.UNKNOWN_ENVIRONMENT and own.metadata["field"] == "environment"
-    assert own.message.startswith("environment: ")
+    assert own.message == "environment: there is no environment 'fkae'; did you mean 'fake'?"
 
 
 @pytest.mark.parametrize(

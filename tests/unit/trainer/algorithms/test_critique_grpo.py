@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.experience import Sample
 from mulligan.common.types import Outcome
-from mulligan.trainer.algorithms.critique_grpo import Settings
+from mulligan.trainer.algorithms.critique_grpo import Settings, train
 from mulligan.trainer.objectives.transfer import Transfer
 from tests.support.fakes import FakeEnvironment, FakePolicy, timeout
 from tests.support.loop import Loop, in_turn, lives, near, refused, trained_text, whole_text
@@ -93,6 +95,22 @@ async def test_what_is_lost_to_the_infrastructure_is_left_out() -> None:
     assert made.advantages("first") == pytest.approx([-0.5, 0.5, -0.5])
     (datum,) = made.branch("refinement")
     assert datum.datum_id.startswith("run-s0-t0-r2-") and datum.objective == Transfer(0.5, 0.1)
+
+
+async def test_a_divisor_counts_what_gives_data() -> None:
+    """The refinement is too long with the critique in its prompt, and not under the bare one."""
+    made = loop(["go", "a"], ["x", "y"], rollout={"rollouts_per_task": 2})
+    experiences = await made.step()
+    settings = Settings(first_weight=1.0, refinement_weight=1.0)
+    assert {datum.weight for datum in train([experiences], settings)} == {1 / 3}
+
+    def without_tokens(sample: Sample) -> Sample:
+        return replace(sample, sequences=()) if sample.role == "refinement" else sample
+
+    group = [replace(one, samples=tuple(map(without_tokens, one.samples))) for one in experiences]
+    data = train([group], settings)
+    assert {datum.branch for datum in data} == {"first", "refinement"}
+    assert {datum.weight for datum in data} == {1 / 3}
 
 
 async def test_a_critique_that_failed_has_no_refinement() -> None:

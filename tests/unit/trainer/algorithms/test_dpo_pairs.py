@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mulligan.common.experience_wire import experience_from_proto, experience_to_proto
-from mulligan.trainer.algorithms.dpo_pairs import NEEDS, Settings
+from mulligan.trainer.algorithms.dpo_pairs import NEEDS, Settings, train
 from mulligan.trainer.journal import journal_file, read_experiences
 from mulligan.trainer.objectives.preference import Preference
 from tests.support.fakes import FakeEnvironment, timeout
@@ -80,6 +80,18 @@ async def test_a_pair_with_a_lost_attempt_is_left_out() -> None:
     made = loop(["z"] * 3 + ["b", "go", "c"], ["z"] * 3 + ["go"], environment=environment)
     await made.step()
     assert [rejected[-2:] for _, rejected in pairs(made)] == ["c]"]
+
+
+async def test_a_pair_that_gives_no_data_counts_in_no_divisor() -> None:
+    """The policy began to rewrite earlier turns in the middle of a first attempt, which is two sequences then."""
+    experiences = await loop().step()
+    whole = train([experiences], Settings(pair_weight=0.5))
+    torn = next(one for one in experiences if one.targets)
+    first, *others = torn.samples
+    twice = replace(torn, samples=(replace(first, sequences=first.sequences * 2), *others))
+    left = train([[twice if one is torn else one for one in experiences]], Settings(pair_weight=0.5))
+    assert [datum.weight for datum in whole] == [0.25, 0.25] and [datum.weight for datum in left] == [0.5]
+    assert train([[twice]], Settings()) == []
 
 
 async def test_a_step_without_pairs_trains_nothing() -> None:

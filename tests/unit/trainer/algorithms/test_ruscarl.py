@@ -115,6 +115,20 @@ async def test_without_its_bare_prompt_a_hinted_attempt_is_not_trained() -> None
     assert [datum.branch for datum in train([lost], Settings(hints=("h",)))] == ["first"]
 
 
+async def test_a_divisor_counts_what_gives_data() -> None:
+    """A hinted attempt may be too long with its hints and not without, or have no tokens under the bare prompt."""
+    experiences = await loop().step()
+    settings = Settings(hints=("h",), first_weight=1.0)
+    longer, lost, bare = experiences
+    (sample,) = longer.samples
+    longer = replace(longer, samples=(replace(sample, sequences=()),))
+    for group, expected in (
+        ([longer, lost, bare], [("first", 1 / 3), ("transferred", 1 / 3), ("transferred", 1 / 3)]),
+        ([experiences[0], replace(lost, targets=()), bare], [("first", 0.5), ("transferred", 0.5)]),
+    ):
+        assert [(datum.branch, datum.weight) for datum in train([group], settings)] == expected
+
+
 async def test_an_attempt_lost_to_the_infrastructure_is_left_out_of_the_group() -> None:
     environment = FakeEnvironment({"t0": "go"})
 

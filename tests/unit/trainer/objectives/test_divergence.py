@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
 from mulligan.trainer.objective import Tokens
 from mulligan.trainer.objectives.divergence import Divergence, divergence
@@ -15,6 +17,31 @@ def test_there_is_no_gradient_between_equal_distributions() -> None:
     found = divergence(logits.log_softmax(-1), logits.detach().log_softmax(-1), betas)
     assert torch.allclose(found, torch.zeros(5, dtype=torch.float64), atol=1e-9)
     assert gradient(found, logits)[0].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_token_that_neither_can_say_counts_nothing(beta: float) -> None:
+    """Values and gradients are those over the other tokens."""
+    teacher = floats(3 * 5, -3, 3, 1).view(3, 5).log_softmax(-1)
+    betas = torch.full((3,), beta, dtype=torch.float64)
+
+    def measured(ruled_out: float, columns: int) -> tuple[Tensor, Tensor]:
+        logits = floats(3 * 5, -3, 3, 0).view(3, 5).requires_grad_()
+        wide = torch.cat([logits, logits.new_full((3, columns), ruled_out)], -1)
+        taught = torch.cat([teacher, teacher.new_full((3, columns), ruled_out)], -1)
+        found = divergence(wide.log_softmax(-1), taught, betas)
+        return found.detach(), gradient(found, logits)[0]
+
+    values, slopes = measured(-torch.inf, 2)
+    expected_values, expected_slopes = measured(0.0, 0)
+    assert torch.allclose(values, expected_values) and torch.allclose(slopes, expected_slopes)
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(0.0, torch.inf), (1.0, 0.6931471805599453)])
+def test_a_token_that_one_of_the_two_can_say_counts(beta: float, expected: float) -> None:
+    half = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
+    one = torch.tensor([[1.0, 0.0]], dtype=torch.float64).log()
+    assert divergence(one, half, torch.tensor([beta])).item() == expected
 
 
 def test_the_teacher_must_have_the_same_trained_tokens() -> None:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,12 +20,13 @@ from hypothesis import strategies as st
 from mulligan.common.errors import DomainError, Reason
 from mulligan.trainer.journal import StepJournal
 from mulligan.trainer.rounds import Chooser, SamplerFailed
-from mulligan.trainer.samplers import SAMPLERS, Group, History, Round, SamplerSettings, Task
+from mulligan.trainer.samplers import SAMPLERS, Choice, Group, History, Round, SamplerSettings, Task
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.wire import settings_from_proto, settings_to_proto, validated
 from tests.support.sampling import numbered, request, sampled
 from tests.unit.trainer.test_run import STEPS, World
 
+untyped: Any = Choice
 REQUIRED: dict[str, dict[str, Any]] = {"mixture": {"shares": {"lake": 1.0}}}
 LAST_FIRST = '''
 """The last task of the list over and over, with the mean reward so far as the number of turns."""
@@ -192,6 +194,27 @@ async def test_a_faulty_sampler_fails_its_run_and_says_what_it_did(
         await made.run().train()
     assert words in str(caught.value)
     assert len(made.learner.steps) == (fault == "raise"), "what can be known before the first step is told before it"
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda count, task: untyped([tuple(task)] * count, np.int64(2)),
+        lambda count, task: untyped((tuple(map(np.str_, task)) for _ in range(count)), np.array(2)),
+        lambda count, task: untyped(np.array([task] * count), 2),
+    ],
+)
+async def test_a_choice_in_types_of_another_library_is_journaled(
+    outside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: Any
+) -> None:
+    made = world(tmp_path, outside)
+    choose = lambda request, *_: chosen(request.count, Task("fake", "t3"))  # noqa: E731
+    monkeypatch.setattr(sys.modules[outside], "choose", choose)
+    await made.run().train()
+    journal = StepJournal(made.folder.journal, 0)
+    journal.close()
+    assert journal.started is not None
+    assert (journal.started.task_ids, journal.started.horizon) == (["t3", "t3"], 2)
 
 
 async def test_a_horizon_is_at_least_one_turn(outside: str, tmp_path: Path) -> None:
