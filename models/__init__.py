@@ -5,6 +5,7 @@
 `mulligan models fetch` fetches.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def locate(model: str, revision: str = "") -> str:
         return _downloaded(model, revision)
     if model in EMBEDDED_MODELS:
         return str(EMBEDDED_MODELS[model])
-    if "/" in model or Path(model).exists():
+    if "/" in model or os.path.exists(model):
         return model
     if model not in CATALOG:
         if near := did_you_mean(model, (*EMBEDDED_MODELS, *CATALOG)):

@@ -7,6 +7,7 @@ trainer call this module before they load anything. It needs no torch.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,7 +42,8 @@ class UnsupportedModel(Exception):
 
 def is_hub_id(source: str) -> bool:
     """Whether `source` names a repository at the hub and not a path."""
-    return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+    # `Path.exists` raises OSError for a long name.
+    return bool(_HUB_ID.fullmatch(source)) and not os.path.exists(source)
 
 
 def short(error: Exception) -> str:
@@ -110,7 +112,7 @@ class _BadFile(Exception):
 
 
 def _check_folder(folder: Path, *, weights: bool) -> None:
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise _BadFile("there is no such folder")
     if not folder.is_dir():
         raise _BadFile("not a folder; expected the folder with config.json, the tokenizer and the weights of a model")
@@ -196,7 +198,7 @@ def _check_shards(folder: Path) -> None:
 
 def _shard(folder: Path, index: str, name: str) -> Path:
     path = folder / name
-    if Path(name).name != name or not path.is_file():
+    if Path(name).name != name or not os.path.isfile(path):
         raise _BadFile(f"{name} is missing, but {index} lists it")
     return path
 

@@ -3,6 +3,7 @@ settings of each backend, and those of the service."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -92,4 +93,4 @@ class ModelSettings(BaseModel):
     @property
     def model_name(self) -> str:
         """Hub id, or the name of the folder without its path."""
-        return Path(self.model).name if Path(self.model).is_dir() else self.model
+        return Path(self.model).name if os.path.isdir(self.model) else self.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -306,7 +307,7 @@ def _checkpoint_layers(model: Any, source: str) -> None:
 
 
 def _unsupported(message: str, source: str) -> DomainError:
-    there = source in models.EMBEDDED_MODELS or Path(source).exists()
+    there = source in models.EMBEDDED_MODELS or os.path.exists(source)
     reason = Reason.UNSUPPORTED_MODEL if there else Reason.MODEL_NOT_FOUND
     return DomainError(reason, f"model.source: {message}", field="model.source", source=source)
 

@@ -13,11 +13,13 @@ import grpc
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mulligan import models
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import SamplingParams
-from mulligan.common.model_files import UnsupportedModel, check_model
+from mulligan.common.model_files import UnsupportedModel, check_model, is_hub_id
 from mulligan.common.server import RequestInterceptor
 from mulligan.common.status import from_rpc_error
+from mulligan.env.files import matching
 from mulligan.models import EMBEDDED
 from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.backends.transformers import backend as transformers_backend
@@ -269,6 +271,15 @@ def test_sglang_is_not_asked_to_serve_such_a_folder(name: str, folder: Path) -> 
     with pytest.raises(UnsupportedModel) as caught:
         Skeleton(str(folder))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["x" * 300, f"owner/{'x' * 300}", "x" * 5000, f"/{'x' * 300}", "x\0y", "\udcff"])
+def test_a_name_that_no_file_can_have_is_no_folder(source: str, tmp_path: Path) -> None:
+    assert "embedded" not in models.locate(source)
+    assert is_hub_id(source) or models.problem_of_place(source, tmp_path)
+    assert not matching(source)
+    with pytest.raises(UnsupportedModel):
+        Skeleton(source)
 
 
 def test_servers_elsewhere_have_the_weights(folder: Path) -> None:
