@@ -17,7 +17,7 @@ from cachetools import LRUCache
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import make_folder
-from mulligan.common.tasks import cancel, to_its_end
+from mulligan.common.tasks import cancel, is_asked_to_end, to_its_end
 from mulligan.common.tracing import untraced
 from mulligan.common.types import Split
 from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
@@ -293,8 +293,11 @@ class RunManager:
     async def _train(self, run: Run) -> None:
         try:
             await run.train()
-        except asyncio.CancelledError:
-            raise
+        except asyncio.CancelledError as error:
+            if is_asked_to_end():
+                raise
+            self._end(run, RunState.FAILED, "something that the run waited for was cancelled, and nobody asked for it")
+            log.error("run failed", run_id=run.run_id, exc_info=error)
         except Exception as error:  # any error is the run's state; the trainer serves on
             self._end(run, RunState.FAILED, _cause(run, error))
             log.error("run failed", run_id=run.run_id, exc_info=error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from mulligan.common.tracing import span
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.document import RewrittenDocument, best_of
+from mulligan.trainer.foreign import blaming
 from mulligan.trainer.harness import Harness, NotRepeatable
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.member import Member, NoRecorder, Peers, Recorder
@@ -303,13 +303,8 @@ class StepRunner:
     @contextmanager
     def _blame(self) -> Iterator[None]:
         """Tells the algorithm's own errors apart from those of services. Raises AlgorithmFailed."""
-        try:
+        with blaming(f"algorithm {self.settings.algorithm.name!r}", AlgorithmFailed, OUTSIDE):
             yield
-        except OUTSIDE:
-            raise
-        except Exception as error:  # foreign code may raise anything
-            frames = "".join(traceback.format_exception(error))
-            raise AlgorithmFailed(f"algorithm {self.settings.algorithm.name!r} raised\n{frames}") from error
 
     @property
     def _limits(self) -> ModelLimits:
