@@ -42,19 +42,14 @@ def check_actor(
     adapted_layers: Collection[str] = (),
     field: str = "policies.actor",
 ) -> None:
-    """Checks that the policy can be trained by this run. `field` is the setting that names it.
+    """Checks that the policy can be trained by this run's learner. `field` is the setting that names it.
 
-    It must serve the learner's model (`fingerprint`), report token ids and log-probabilities, and accept the weights
-    that the run publishes: with LoRA, an adapter for `adapted_layers`.
+    It must fit the run (`check_trainable`), serve the learner's model (`fingerprint`), and with LoRA take an adapter
+    for `adapted_layers`.
 
     Raises DomainError INVALID_SETTING or MODEL_MISMATCH.
     """
-    weights = Feature.FULL_WEIGHTS if settings.model.lora is None else Feature.LORA_WEIGHTS
-    missing = [feature for feature in (Feature.TOKEN_IDS, Feature.LOG_PROBS, weights) if feature not in info.features]
-    if missing:
-        raise _invalid(field, f"policy {info.name!r} ({info.backend}) cannot be trained: no {missing[0]}")
-    if info.frozen:
-        raise _invalid(field, f"policy {info.name!r} is frozen, and this run would update its weights")
+    check_trainable(info, settings, field)
     if info.fingerprint != fingerprint:
         source, revision = settings.model.source, settings.model.revision
         at = f" --set revision={revision}" if revision else ""
@@ -65,10 +60,26 @@ def check_actor(
             f"(`mulligan policy load {name} --model {source}{at}`), or have the run train what is served "
             "(model.source)",
         )
+    if settings.model.lora is not None:
+        _check_layers(info, adapted_layers)
+
+
+def check_trainable(info: PolicyInfo, settings: RunSettings, field: str = "policies.actor") -> None:
+    """Checks what is known before there is a learner: that the policy reports token ids and log-probabilities, takes
+    weights of the kind that the run publishes, and can sample as the run's settings say.
+
+    Raises DomainError INVALID_SETTING.
+    """
+    weights = Feature.FULL_WEIGHTS if settings.model.lora is None else Feature.LORA_WEIGHTS
+    missing = [feature for feature in (Feature.TOKEN_IDS, Feature.LOG_PROBS, weights) if feature not in info.features]
+    if missing:
+        raise _invalid(field, f"policy {info.name!r} ({info.backend}) cannot be trained: no {missing[0]}")
+    if info.frozen:
+        raise _invalid(field, f"policy {info.name!r} is frozen, and this run would update its weights")
     _check_dtype(info, settings.model.dtype)
     check_sampling(info, settings)
     if settings.model.lora is not None:
-        _check_lora(info, settings.model.lora.rank, adapted_layers)
+        _check_rank(info, settings.model.lora.rank)
 
 
 def check_sampling(info: PolicyInfo, settings: RunSettings) -> None:
@@ -154,8 +165,8 @@ def _check_dtype(info: PolicyInfo, dtype: str) -> None:
     )
 
 
-def _check_lora(info: PolicyInfo, rank: int, layers: Collection[str]) -> None:
-    """Checks that the engine takes an adapter of this rank for these layers."""
+def _check_rank(info: PolicyInfo, rank: int) -> None:
+    """Checks that the engine takes an adapter of this rank."""
     limits = info.lora
     if limits.max_rank and rank > limits.max_rank:
         raise _invalid(
@@ -163,6 +174,11 @@ def _check_lora(info: PolicyInfo, rank: int, layers: Collection[str]) -> None:
             f"the engine of policy {info.name!r} takes adapters of rank {limits.max_rank} at most, and this run's has "
             f"{rank}; expected 1 to {limits.max_rank}, or an engine with more room ({info.backend}: --max-lora-rank)",
         )
+
+
+def _check_layers(info: PolicyInfo, layers: Collection[str]) -> None:
+    """Checks that the engine takes an adapter for these layers."""
+    limits = info.lora
     others = sorted(set(layers).difference(limits.target_modules))
     if limits.target_modules and others:
         raise _invalid(
@@ -203,20 +219,34 @@ def check_algorithm(
         "fork": not (environment.can_fork and environment.deterministic)
         and f"forks episodes, and environment {environment.name!r} "
         + ("is not deterministic" if environment.can_fork else "has no forks"),
-        "tokenize": policy.rewrites_history
-        and "trains on several turns as one token sequence, and the chat template of policy "
-        f"{policy.name!r} rewrites earlier turns",
+        "tokenize": (policy.rewrites_history or Feature.TOKEN_IDS not in policy.features)
+        and f"trains on several turns as one token sequence, and {_no_sequence(policy)}",
         "own_reflections": "reflector" in speakers
         and "trains the policy on its reflections, and here another one writes them (policies.reflector)",
     }
+    for feature in (Feature.TOKEN_IDS, Feature.SCORE):
+        has_it = feature in policy.features
+        lacking[feature.value] = (
+            not has_it and f"needs {feature}, and policy {policy.name!r} ({policy.backend}) has none"
+        )
     needs: Collection[str] = getattr(algorithm, "NEEDS", ())
     name = algorithm.__name__.rpartition(".")[2]
+    if isinstance(needs, str) or not isinstance(needs, Collection):
+        expected = f"{{{needs!r}}}, a set" if isinstance(needs, str) else "a set of texts"
+        raise _invalid("algorithm.name", f"{name!r} has NEEDS = {needs!r}; expected {expected}")
     for need in needs:
         if need not in lacking:
             near = did_you_mean(need, lacking)
             raise _invalid("algorithm.name", f"{name!r} declares an unknown need {need!r}{near}")
         if problem := lacking[need]:
             raise _invalid("algorithm.name", f"{name!r} {problem}")
+
+
+def _no_sequence(policy: PolicyInfo) -> str:
+    """Why the turns of an episode are no token sequence that is known."""
+    if policy.rewrites_history:
+        return f"the chat template of policy {policy.name!r} rewrites earlier turns"
+    return f"policy {policy.name!r} ({policy.backend}) reports no token_ids"
 
 
 def check_other(purpose: str, info: PolicyInfo, actor: PolicyInfo, otherwise: str) -> None:

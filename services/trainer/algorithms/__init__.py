@@ -13,9 +13,9 @@ the group teaches anything. Groups without a signal may be replaced (`rollout.re
 group has a signal if the rewards of its members' first samples differ. An algorithm that trains on other rewards needs
 it.
 
-It may export `NEEDS`, a set of what a run must have: "fork" (an environment for `Member.fork`), "tokenize" (a chat
-template that only appends), "own_reflections" (no `policies.reflector`). A run that lacks it is refused before anything
-is sampled.
+It may export `NEEDS`, a set of what a run must have: "fork" (an environment for `Member.fork`), "tokenize" (a policy
+that reports token ids, with a chat template that only appends), "own_reflections" (no `policies.reflector`),
+"token_ids" and "score" (features of the policy). A run that lacks it is refused before a learner is created and anything sampled.
 
 It may export `PLAYS`, a `Played`, by which `mulligan train --dry-run` estimates its work.
 
