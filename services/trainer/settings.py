@@ -159,7 +159,7 @@ class RolloutSettings(_Settings):
     @model_validator(mode="after")
     def _signal_needs_a_group(self) -> Self:
         if self.replace_rounds and self.rollouts_per_task == 1:
-            problem = "expected 0, as a group of one (rollouts_per_task = 1) never has a signal"
+            problem = "expected 0, as a group of one (rollouts_per_task = 1) compares nothing"
             raise located({("replace_rounds",): problem})
         return self
 

@@ -12,13 +12,14 @@ from typing import Any
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.experience import Experience, Sample
 from mulligan.common.reflections import MAX_TEXT_BYTES, Labels, Provenance, ReflectionKind, UseOutcome
-from mulligan.common.rewards import differ, reaches
+from mulligan.common.rewards import reaches
 from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.common.tracing import span
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.document import RewrittenDocument, best_of
 from mulligan.trainer.foreign import blaming
+from mulligan.trainer.group_signal import moves, rounded
 from mulligan.trainer.harness import Harness, NotRepeatable
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.member import Member, NoRecorder, Peers, Recorder
@@ -76,6 +77,8 @@ class StepRunner:
     memory_scope: str = field(init=False)
     minibatches_learned: int = field(init=False, default=0)  # of the step that `learn` works on
     _played: dict[str, Member[AlgorithmSettings]] = field(init=False, default_factory=dict)  # by experience
+    # What `has_signal` found, by the identities of a group's experiences, which are kept as long.
+    _signals: dict[tuple[int, ...], tuple[Group, bool]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.algorithm = ALGORITHMS.find(self.settings.algorithm.name)
@@ -278,13 +281,35 @@ class StepRunner:
         return metrics
 
     def has_signal(self, group: Group) -> bool:
-        """Whether the algorithm can learn something from comparing the members of the group: its own `has_signal`, or
-        whether the rewards of their first samples differ. Raises AlgorithmFailed."""
+        """Whether the group teaches anything: what the algorithm's own `has_signal` says. Without that: with a learner,
+        whether `train` gives data with a gradient for this group as a whole step; without a learner, whether the group
+        leaves something in the memory. Raises AlgorithmFailed."""
         own = getattr(self.algorithm, "has_signal", None)
-        if own is None:
-            return differ(one.samples[0].reward for one in group if one.samples)
+        if own is not None:
+            with self._blame():
+                return bool(own(group, self.settings.algorithm))
+        if self.learner is None:
+            return any(self._leaves(one) for one in group)
+        key = tuple(map(id, group))
+        if key not in self._signals:  # a group is asked for after each round of the step, and for its metrics
+            self._signals[key] = (group, self._teaches(group))
+        return self._signals[key][1]
+
+    def _leaves(self, one: Experience) -> bool:
+        """Whether the experience leaves a lesson or an episode in the memory."""
+        member = self._played.get(one.experience_id)
+        return self.settings.algorithm.memory_episodes or bool(member and member.lessons)
+
+    def _teaches(self, group: Group) -> bool:
+        """Whether the data of the group have a gradient."""
+        algorithm = self.settings.algorithm
+        kept, _ = trainable(rounded(group), self._limits, train_cut_texts=algorithm.train_cut_reflections)
         with self._blame():
-            return bool(own(group, self.settings.algorithm))
+            data: list[Datum] = self.algorithm.train(groups_of(kept), algorithm)
+            problem = self._problem(data)
+        if problem:
+            raise AlgorithmFailed(f"algorithm {algorithm.name!r} gave {problem}")
+        return moves(data, self.settings.loss)
 
     def _harness_of(self, experience: Experience) -> Harness:
         return self.others.get(experience.environment, self.harness)

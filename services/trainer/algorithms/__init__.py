@@ -8,14 +8,15 @@ A module exports
 - `def train(groups: Sequence[Group], settings: Settings) -> list[Datum]`, a pure function from the step's groups to
   weighted training data. Helpers are in `mulligan.trainer.batch` and `mulligan.trainer.advantages`.
 
-It may export `has_signal(group: Group, settings: Settings) -> bool`, a pure function: whether comparing the members of
-the group teaches anything. Groups without a signal may be replaced (`rollout.replace_rounds`). If it is left out, a
-group has a signal if the rewards of its members' first samples differ. An algorithm that trains on other rewards needs
-it.
+Groups without a signal may be replaced (`rollout.replace_rounds`). A group has one if `train` gives data with a
+gradient for it alone, where rewards that differ by rounding are equal; in a run without a learner, if it leaves
+something in the memory. An algorithm whose data have a gradient although they teach nothing may export
+`has_signal(group: Group, settings: Settings) -> bool`, a pure function that decides instead.
 
 It may export `NEEDS`, a set of what a run must have: "fork" (an environment for `Member.fork`), "tokenize" (a policy
 that reports token ids, with a chat template that only appends), "own_reflections" (no `policies.reflector`),
-"token_ids" and "score" (features of the policy). A run that lacks it is refused before a learner is created and anything sampled.
+"token_ids" and "score" (features of the policy). A run that lacks it is refused before a learner is created and
+anything sampled.
 
 It may export `PLAYS`, a `Played`, by which `mulligan train --dry-run` estimates its work.
 

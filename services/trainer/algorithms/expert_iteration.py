@@ -85,11 +85,6 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     return imitation([(sample, sample.temperature) for sample in kept], settings, weight, FIRST)
 
 
-def has_signal(group: Group, settings: Settings) -> bool:
-    """There is no baseline: whatever passes is learnt."""
-    return any(passes(one, settings) for one in group)
-
-
 def passes(one: Experience, settings: Settings) -> bool:
     reward = one[FIRST].reward
     if reward is None:

@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.experience import Experience, Sample
-from mulligan.common.rewards import differ
 from mulligan.trainer.batch import Group, gradients, rewards_before
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -70,11 +69,6 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     count = sum(bool(sample.sequences) for group in compared for sample in group)
     weight = settings.reflection_weight / max(count, 1)
     return gradients(compared, settings, weight, REFLECTION, rewards_before(groups))
-
-
-def has_signal(group: Group, settings: Settings) -> bool:
-    """Only the reflections are trained, and compared with each other."""
-    return any(differ(sample.reward for sample in samples) for samples in _compared(group, settings))
 
 
 def _compared(group: Group, settings: Settings) -> list[list[Sample]]:

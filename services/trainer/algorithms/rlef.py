@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.experience import Sample
-from mulligan.common.rewards import differ, reaches, total
+from mulligan.common.rewards import reaches
 from mulligan.trainer.batch import Group, gradients, rewarded, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -65,12 +65,6 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     shaped = [[rewarded(sample, turn_rewards(sample, settings)) for sample in group] for group in played]
     count = sum(bool(sample.sequences) for group in shaped for sample in group)
     return gradients(shaped, settings, settings.first_weight / max(count, 1), FIRST)
-
-
-def has_signal(group: Group, settings: Settings) -> bool:
-    """The conversations are compared by the sums of their turns' rewards."""
-    (played,) = with_reward([group], FIRST)
-    return differ(total(turn_rewards(sample, settings)) for sample in played)
 
 
 def turn_rewards(sample: Sample, settings: Settings) -> list[float]:
