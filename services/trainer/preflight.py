@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 
-from pydantic import BaseModel
-
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, PolicyInfo
 from mulligan.common.reflections import RetrievalStrategy
@@ -20,6 +18,7 @@ from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
 from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
+from mulligan.trainer.idle import is_given, notices_of_idle_runs
 from mulligan.trainer.interfaces import MemoryPort
 from mulligan.trainer.loss_terms import KlReference, MismatchCorrection
 from mulligan.trainer.recall import query_of
@@ -110,30 +109,25 @@ async def check_memory(memory: MemoryPort, settings: RunSettings, scope: str) ->
 
 
 def idle_notices(settings: RunSettings) -> list[str]:
-    """A notice for each setting that somebody gave and that has no effect. A value that is not the default was given.
-    They are not refused, because they always were accepted."""
-    found = []
+    """A notice for each setting that somebody gave and that has no effect, and for what keeps the run from learning."""
+    found = [*notices_of_idle_runs(settings)]
     for table, setting, other, needed in _ONLY_WITH:
         chosen = getattr(settings, table)
         value = getattr(chosen, other)
-        if value not in needed and _is_given(chosen, setting):
+        if value not in needed and is_given(chosen, setting):
             wanted = " or ".join(f'"{one}"' for one in sorted(needed))
             found.append(f'{table}.{setting}: it has no effect with {table}.{other} = "{value}", only with {wanted}')
     algorithm = settings.algorithm
-    if "normalize_by_std" in algorithm.advantage_settings and _is_given(algorithm, "normalize_by_std"):
+    if "normalize_by_std" in algorithm.advantage_settings and is_given(algorithm, "normalize_by_std"):
         found.append("algorithm.normalize_by_std: it has no effect, as algorithm.advantage_settings has it, too")
     if algorithm.memory_entries == 0:
         read = ("memory_strategy", "memory_mix", "memory_tokens", "memory_holdout", "memory_readers", "memory_family")
-        given = [setting for setting in read if _is_given(algorithm, setting)]
+        given = [setting for setting in read if is_given(algorithm, setting)]
         if algorithm.memory_document:
             found.append("algorithm.memory_document: the run does not read it with algorithm.memory_entries = 0")
             given = [setting for setting in given if setting != "memory_strategy"]  # it follows from the document
         found += [f"algorithm.{setting}: it has no effect with algorithm.memory_entries = 0" for setting in given]
     return found
-
-
-def _is_given(chosen: BaseModel, setting: str) -> bool:
-    return bool(getattr(chosen, setting) != type(chosen).model_fields[setting].default)
 
 
 def check_tasks(

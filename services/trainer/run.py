@@ -25,6 +25,7 @@ from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, Step
 from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.history import read_history, write_history
+from mulligan.trainer.idle import FirstSteps
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from mulligan.trainer.journal import StepCompleted, journal_file, read_metrics
 from mulligan.trainer.pipeline import Pipeline, StepSampling
@@ -120,6 +121,7 @@ class Run:
         self._pause = Pause()
         self._stop = asyncio.Event()
         self._finished = False
+        self._first_steps = FirstSteps(self.settings)
         checkpoint = folder.checkpoint()
         self.step = checkpoint.step if checkpoint else 0
 
@@ -361,6 +363,8 @@ class Run:
             with span("learn"):
                 metrics |= await runner.learn(self.step, step.kept)
             self._notice_once(drop_notices(metrics))
+        if told := self._first_steps.notice(self.step, has_learned=runner.has_taught(step.kept)):
+            self._tell_once(told)
         learned = _clock()
         with span("publish"):
             await self._publish(policy)

@@ -21,6 +21,7 @@ from mulligan.trainer.document import RewrittenDocument, best_of
 from mulligan.trainer.foreign import blaming
 from mulligan.trainer.group_signal import moves, rounded
 from mulligan.trainer.harness import Harness, NotRepeatable
+from mulligan.trainer.idle import remembers
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.member import Member, NoRecorder, Peers, Recorder
 from mulligan.trainer.metrics import mean_metrics, rollout_metrics
@@ -76,6 +77,7 @@ class StepRunner:
     algorithm: ModuleType = field(init=False)
     memory_scope: str = field(init=False)
     minibatches_learned: int = field(init=False, default=0)  # of the step that `learn` works on
+    has_moved: bool = field(init=False, default=False)  # whether what `learn` was given last has a gradient
     _played: dict[str, Member[AlgorithmSettings]] = field(init=False, default_factory=dict)  # by experience
     # What `has_signal` found, by the identities of a group's experiences, which are kept as long.
     _signals: dict[tuple[int, ...], tuple[Group, bool]] = field(init=False, default_factory=dict)
@@ -191,6 +193,7 @@ class StepRunner:
         with self._blame():
             records = trained(data, experiences)
         self.recorder.train(records)
+        self.has_moved = moves(data, self.settings.loss)
         if not self.settings.loss.regularizes:
             data = [datum for datum in data if datum.weight and datum.objective.moves(self.settings.loss)]
         if not data:
@@ -289,16 +292,25 @@ class StepRunner:
             with self._blame():
                 return bool(own(group, self.settings.algorithm))
         if self.learner is None:
-            return any(self._leaves(one) for one in group)
+            return self.leaves(group)
         key = tuple(map(id, group))
         if key not in self._signals:  # a group is asked for after each round of the step, and for its metrics
             self._signals[key] = (group, self._teaches(group))
         return self._signals[key][1]
 
-    def _leaves(self, one: Experience) -> bool:
-        """Whether the experience leaves a lesson or an episode in the memory."""
-        member = self._played.get(one.experience_id)
-        return self.settings.algorithm.memory_episodes or bool(member and member.lessons)
+    def has_taught(self, experiences: Sequence[Experience]) -> bool:
+        """Whether `learn` was given anything with a gradient; without a learner, whether these experiences may leave
+        something in the memory: where the algorithm says that it remembers or does not, there is nothing to see."""
+        if self.learner is not None:
+            return self.has_moved
+        return remembers(self.algorithm) is not None or self.leaves(experiences)
+
+    def leaves(self, experiences: Sequence[Experience]) -> bool:
+        """Whether they leave a lesson or an episode in the memory."""
+        if self.settings.algorithm.memory_episodes:
+            return True
+        members = (self._played.get(one.experience_id) for one in experiences)
+        return any(member.lessons for member in members if member is not None)
 
     def _teaches(self, group: Group) -> bool:
         """Whether the data of the group have a gradient."""

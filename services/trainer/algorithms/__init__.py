@@ -18,6 +18,8 @@ that reports token ids, with a chat template that only appends), "own_reflection
 "token_ids" and "score" (features of the policy). A run that lacks it is refused before a learner is created and
 anything sampled.
 
+It may export `REMEMBERS`, whether `play` calls `Member.remember`. Runs that learn nothing are told of by that.
+
 It may export `PLAYS`, a `Played`, by which `mulligan train --dry-run` estimates its work.
 
 `algorithm.name` is the name of a module here, of an entry point of the group `mulligan.algorithms`, or of any

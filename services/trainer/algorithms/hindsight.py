@@ -49,6 +49,7 @@ class Settings(AlgorithmSettings):
 
 
 PLAYS = Played(1, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

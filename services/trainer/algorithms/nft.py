@@ -45,6 +45,7 @@ class Settings(AlgorithmSettings):
 
 
 PLAYS = Played(1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

@@ -12,7 +12,7 @@ from mulligan.trainer.algorithms.erl import train
 from mulligan.trainer.member import Member
 from mulligan.trainer.texts import fill, trace_of
 
-__all__ = ["PLAYS", "Settings", "play", "train"]
+__all__ = ["PLAYS", "REMEMBERS", "Settings", "play", "train"]
 
 
 class Settings(erl.Settings):
@@ -21,6 +21,7 @@ class Settings(erl.Settings):
 
 
 PLAYS = Played(2, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

@@ -50,6 +50,9 @@ class Settings(AlgorithmSettings):
     reflection_weight: float = Field(1.0, ge=0)
 
 
+REMEMBERS = False
+
+
 async def play(member: Member[Settings]) -> None:
     first = await member.attempt(FIRST)
     if first.reward is None or member.solves(first):

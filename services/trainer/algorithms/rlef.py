@@ -55,6 +55,9 @@ class Settings(AlgorithmSettings):
     first_weight: float = Field(1.0, ge=0)
 
 
+REMEMBERS = False
+
+
 async def play(member: Member[Settings]) -> None:
     await member.attempt(FIRST, tries=member.settings.tries, again=member.settings.again)
 

@@ -61,6 +61,7 @@ class Settings(AlgorithmSettings):
 
 
 PLAYS = Played(2, texts=1, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

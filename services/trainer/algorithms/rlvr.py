@@ -26,6 +26,7 @@ class Settings(AlgorithmSettings):
 
 
 PLAYS = Played(1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

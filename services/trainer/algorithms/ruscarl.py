@@ -66,6 +66,7 @@ class Settings(AlgorithmSettings):
 
 
 PLAYS = Played(1, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

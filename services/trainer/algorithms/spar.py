@@ -84,6 +84,9 @@ class Settings(AlgorithmSettings):
     pair_weight: float = Field(1.0, ge=0)
 
 
+REMEMBERS = False
+
+
 async def play(member: Member[Settings]) -> None:
     settings = member.settings
     first = await member.attempt(FIRST)

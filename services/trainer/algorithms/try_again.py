@@ -11,7 +11,7 @@ from mulligan.trainer.algorithms import Played, erl
 from mulligan.trainer.algorithms.erl import train
 from mulligan.trainer.member import Member
 
-__all__ = ["PLAYS", "Settings", "play", "train"]
+__all__ = ["PLAYS", "REMEMBERS", "Settings", "play", "train"]
 
 
 class Settings(erl.Settings):
@@ -20,6 +20,7 @@ class Settings(erl.Settings):
 
 
 PLAYS = Played(2, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:
