@@ -10,11 +10,13 @@ from types import ModuleType
 
 from pydantic import BaseModel
 
+from mulligan.trainer.loss_settings import LossSettings
+from mulligan.trainer.losses import LOSSES
 from mulligan.trainer.memory_settings import MemoryWrites
 from mulligan.trainer.settings import ALGORITHMS, RunSettings
 
 _PATIENCE = 3  # steps without anything to learn before a notice
-_OFF = (0, 0.0)  # what asks for a term of the loss to be left out is no mistake where there is none
+_OFF = (0, "none")  # who asks for a term of the loss to be left out is right where there is none
 _OF_READERS = ("memory_entries",)  # settings that first attempts read by, too
 
 
@@ -39,6 +41,32 @@ def notices_of_idle_runs(settings: RunSettings) -> Iterator[str]:
             yield "optimizer.learning_rate: nothing is learned with 0"
     elif writes_nothing and (has_own_scope or not algorithm.memory_entries):
         yield f'learner: nothing is learned: with "none" the memory alone learns, and {writes_nothing}'
+
+
+def notices_of_ignored(settings: RunSettings) -> Iterator[str]:
+    """What somebody gave and the algorithm has no use for."""
+    algorithm, loss = settings.algorithm, settings.loss
+    ignored = set(algorithm.without_effect)
+    if remembers(ALGORITHMS.find(algorithm.name)) is False:
+        ignored.add("memory_writes")
+    if "loss.name" in ignored:
+        ignored |= {f"loss.{own}" for own in type(loss).model_fields.keys() - LossSettings.model_fields.keys()}
+    for entry in sorted(ignored):
+        if _is_given_in_vain(settings, entry):
+            named = entry if "." in entry else f"algorithm.{entry}"
+            yield f'{named}: it has no effect with algorithm.name = "{algorithm.name}"'
+
+
+def _is_given_in_vain(settings: RunSettings, entry: str) -> bool:
+    """`entry` is one that has no effect."""
+    table, _, setting = entry.rpartition(".")
+    if not table:
+        chosen = settings.algorithm
+        is_read = entry in _OF_READERS and chosen.memory_readers.play
+        return setting in type(chosen).model_fields and is_given(chosen, setting) and not is_read
+    if setting == "name":
+        return settings.loss.name != LOSSES.default
+    return is_given(settings.loss, setting) and getattr(settings.loss, setting) not in _OFF
 
 
 def _writes_nothing(settings: RunSettings) -> str:

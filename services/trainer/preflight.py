@@ -18,7 +18,7 @@ from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
 from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
-from mulligan.trainer.idle import is_given, notices_of_idle_runs
+from mulligan.trainer.idle import is_given, notices_of_idle_runs, notices_of_ignored
 from mulligan.trainer.interfaces import MemoryPort
 from mulligan.trainer.loss_terms import KlReference, MismatchCorrection
 from mulligan.trainer.recall import query_of
@@ -110,15 +110,17 @@ async def check_memory(memory: MemoryPort, settings: RunSettings, scope: str) ->
 
 def idle_notices(settings: RunSettings) -> list[str]:
     """A notice for each setting that somebody gave and that has no effect, and for what keeps the run from learning."""
-    found = [*notices_of_idle_runs(settings)]
+    found = [*notices_of_idle_runs(settings), *notices_of_ignored(settings)]
+    ignored = {text.partition(":")[0] for text in found}
     for table, setting, other, needed in _ONLY_WITH:
         chosen = getattr(settings, table)
         value = getattr(chosen, other)
-        if value not in needed and is_given(chosen, setting):
+        if value not in needed and is_given(chosen, setting) and f"{table}.{setting}" not in ignored:
             wanted = " or ".join(f'"{one}"' for one in sorted(needed))
             found.append(f'{table}.{setting}: it has no effect with {table}.{other} = "{value}", only with {wanted}')
     algorithm = settings.algorithm
-    if "normalize_by_std" in algorithm.advantage_settings and is_given(algorithm, "normalize_by_std"):
+    has_own = "normalize_by_std" in algorithm.advantage_settings and "algorithm.normalize_by_std" not in ignored
+    if has_own and is_given(algorithm, "normalize_by_std"):
         found.append("algorithm.normalize_by_std: it has no effect, as algorithm.advantage_settings has it, too")
     if algorithm.memory_entries == 0:
         read = ("memory_strategy", "memory_mix", "memory_tokens", "memory_holdout", "memory_readers", "memory_family")

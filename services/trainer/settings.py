@@ -94,6 +94,13 @@ class AlgorithmSettings(MemoryUseSettings):
         return self
 
     @property
+    def without_effect(self) -> frozenset[str]:
+        """The settings that mean nothing to the algorithm, or nothing with the others: of this table by their names, of
+        the table `[loss]` as `loss.NAME`. Without `loss.name`, the loss's own settings mean nothing either. What is
+        given of them all the same is told in a notice."""
+        return frozenset()
+
+    @property
     def estimator_settings(self) -> dict[str, Any]:
         """Those of the advantage estimator. `normalize_by_std` is GRPO's."""
         own = {"normalize_by_std": self.normalize_by_std} if self.advantage == ADVANTAGES.default else {}

@@ -2,7 +2,8 @@
 
 A module exports
 
-- `Settings`, a subclass of `AlgorithmSettings`: the table `[algorithm]` of a run;
+- `Settings`, a subclass of `AlgorithmSettings`: the table `[algorithm]` of a run; its property `without_effect` names
+  common settings that mean nothing to the algorithm, so that a run which sets them says so;
 - `async def play(member: Member[Settings]) -> None`, which plays one member of a group and reads like the paper: it
   calls helpers of `Member`, such as `attempt`, `reflect` and `under`;
 - `def train(groups: Sequence[Group], settings: Settings) -> list[Datum]`, a pure function from the step's groups to
@@ -36,3 +37,24 @@ class Played:
     episodes: int  # sampled
     texts: int = 0  # sampled: reflections
     copies: int = 0  # of episodes, in another context
+
+
+# For `AlgorithmSettings.without_effect`: of algorithms without advantages; without policy gradients; without these and
+# preferences, which are what the reference is for.
+ADVANTAGES = frozenset({"advantage", "advantage_settings", "normalize_by_std"})
+POLICY_GRADIENT = frozenset(
+    f"loss.{setting}"
+    for setting in (
+        "name",
+        "kl_coefficient",
+        "kl_estimator",
+        "entropy_coefficient",
+        "mismatch_correction",
+        "mismatch_limit",
+    )
+)
+REFERENCE = frozenset({"loss.kl_reference", "loss.reference_every"})
+AGGREGATION = frozenset({"aggregation", "aggregation_constant"})
+CUT_TEXTS = frozenset({"train_cut_reflections"})  # of an algorithm that trains no reflections
+READING = frozenset({"memory_entries"})  # of one whose reflectors, if any, read no memory
+SUPERVISED = ADVANTAGES | POLICY_GRADIENT | REFERENCE  # of one that imitates, or learns from a teacher

@@ -35,7 +35,7 @@ from pydantic import Field, model_validator
 from mulligan.common.experience import Experience, Sample
 from mulligan.common.plugins import located
 from mulligan.common.rewards import exceeds, reaches
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, SUPERVISED, Played
 from mulligan.trainer.batch import Group, imitation
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -65,6 +65,10 @@ class Settings(AlgorithmSettings):
         if any(later <= earlier for earlier, later in pairwise(self.thresholds)):
             raise located({("thresholds",): f"expected rising numbers; got {list(self.thresholds)}"})
         return self
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return SUPERVISED | CUT_TEXTS | READING | ({"thresholds"} if self.filter is Filter.REST_EM else set())
 
 
 PLAYS = Played(1)

@@ -32,6 +32,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample
 from mulligan.common.rewards import reaches
+from mulligan.trainer.algorithms import CUT_TEXTS, READING
 from mulligan.trainer.batch import Group, gradients, rewarded, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -53,6 +54,10 @@ class Settings(AlgorithmSettings):
     invalid_penalty: float = Field(0.2, ge=0)
     # Weight of the branch.
     first_weight: float = Field(1.0, ge=0)
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | READING
 
 
 REMEMBERS = False

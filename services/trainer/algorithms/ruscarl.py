@@ -31,7 +31,7 @@ from pydantic import Field, model_validator
 
 from mulligan.common.plugins import located
 from mulligan.trainer.aggregation import aggregate
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, Played
 from mulligan.trainer.batch import Group, advantages, number_trained, policy_gradient, transfer
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -63,6 +63,10 @@ class Settings(AlgorithmSettings):
         if not self.hints and not self.memory_entries:
             raise located({("hints",): "expected at least one, or memory_entries of at least 1, whose lines they are"})
         return self
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | (READING if self.hints else frozenset())
 
 
 PLAYS = Played(1, copies=1)

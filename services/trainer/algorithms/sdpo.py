@@ -29,7 +29,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample
 from mulligan.trainer.aggregation import Aggregation, aggregate
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, SUPERVISED, Played
 from mulligan.trainer.batch import Group, divergence, gradients, number_trained, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -58,6 +58,10 @@ class Settings(AlgorithmSettings):
     # Weights, ≥ 0, of the divergence and of a policy gradient on the same attempts.
     distillation_weight: float = Field(1.0, ge=0)
     first_weight: float = Field(0.0, ge=0)
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | READING | (frozenset() if self.first_weight else SUPERVISED)
 
 
 PLAYS = Played(1, copies=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from mulligan.trainer.algorithms import rlvr
-from mulligan.trainer.settings import ALGORITHMS
+from mulligan.trainer.preflight import idle_notices
+from mulligan.trainer.settings import ALGORITHMS, RunSettings
 from tests.support.fakes import FakeEnvironment
 from tests.support.loop import Loop, in_turn
+from tests.support.paths import ROOT
 from tests.unit.trainer.test_run import World, notices
 
 ONE = {"rollouts_per_task": 1}
@@ -109,3 +112,72 @@ async def test_an_algorithm_remembers_where_it_says_so(name: str) -> None:
     )
     experiences = await made.step()
     assert made.runner.leaves(experiences) is ALGORITHMS.find(name).REMEMBERS
+
+
+def given(algorithm: dict[str, Any], **tables: Any) -> list[str]:
+    """The settings that have no effect with the algorithm."""
+    run = RunSettings.model_validate({"environment": "e", "algorithm": algorithm} | tables)
+    assert idle_notices(RunSettings.model_validate(run.model_dump(mode="json"))) == idle_notices(run), "as it is stored"
+    end = f': it has no effect with algorithm.name = "{algorithm["name"]}"'
+    return [text.removesuffix(end) for text in idle_notices(run) if text.endswith(end)]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "loss", "expected"),
+    [
+        ({"name": "raw_retry", "reflection_weight": 0.5}, {}, ["algorithm.reflection_weight"]),
+        ({"name": "try_again", "memory_entries": 1}, {}, ["algorithm.memory_entries"]),
+        ({"name": "try_again", "memory_entries": 1, "memory_readers": "first"}, {}, []),
+        ({"name": "nft", "advantage": "rloo"}, {}, ["algorithm.advantage"]),
+        ({"name": "nft", "normalize_by_std": False}, {}, ["algorithm.normalize_by_std"]),
+        ({"name": "nft"}, {"name": "gspo"}, ["loss.name"]),
+        ({"name": "nft", "aggregation": "constant", "aggregation_constant": 9}, {}, []),
+        (
+            {"name": "dpo_pairs", "aggregation": "token_mean", "advantage": "rloo"},
+            {},
+            ["algorithm.advantage", "algorithm.aggregation"],
+        ),
+        ({"name": "dpo_pairs"}, {"kl_reference": "moving", "reference_every": 9, "kl_coefficient": 0}, []),
+        (
+            {"name": "hindsight"},
+            {"kl_reference": "moving", "reference_every": 9, "kl_coefficient": 0.5, "clip_low": 0.1},
+            ["loss.clip_low", "loss.kl_coefficient", "loss.kl_reference", "loss.reference_every"],
+        ),
+        ({"name": "expert_iteration", "advantage_settings": {}, "thresholds": [0.5]}, {}, ["algorithm.thresholds"]),
+        ({"name": "expert_iteration", "filter": "rest", "thresholds": [0.5]}, {}, []),
+        ({"name": "sdpo", "advantage": "rloo"}, {"name": "gspo"}, ["algorithm.advantage", "loss.name"]),
+        ({"name": "sdpo", "advantage": "rloo", "first_weight": 1}, {"name": "gspo"}, []),
+        ({"name": "rlvr", "advantage": "rloo"}, {"name": "gspo", "kl_coefficient": 0.5}, []),
+        ({"name": "rlvr", "memory_writes": "all"}, {}, ["algorithm.memory_writes"]),
+        ({"name": "erl", "memory_writes": "all", "train_cut_reflections": True}, {}, []),
+        ({"name": "ruscarl", "hints": ["h"], "memory_entries": 1}, {}, ["algorithm.memory_entries"]),
+        ({"name": "ruscarl", "memory_entries": 1}, {}, []),
+    ],
+)
+def test_what_means_nothing_to_the_algorithm_is_told(
+    algorithm: dict[str, Any], loss: dict[str, Any], expected: list[str]
+) -> None:
+    assert given(algorithm, loss=loss) == expected
+
+
+def test_what_has_two_reasons_is_told_once() -> None:
+    table = {"name": "dpo_pairs", "advantage": "rloo", "normalize_by_std": False, "aggregation_constant": 9}
+    told = idle_notices(RunSettings.model_validate({"environment": "e", "algorithm": table}))
+    fields = [text.partition(":")[0] for text in told]
+    assert fields == ["algorithm.advantage", "algorithm.aggregation_constant", "algorithm.normalize_by_std"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS.built_in)
+def test_settings_without_effect_are_settings(name: str) -> None:
+    table = {"name": name} | PLAYED.get(name, {})
+    run = RunSettings.model_validate({"environment": "e", "algorithm": table})
+    algorithm, loss = type(run.algorithm).model_fields, type(run.loss).model_fields
+    known = {*algorithm, *(f"loss.{setting}" for setting in loss)}
+    assert run.algorithm.without_effect <= known
+    assert given(table) == [], "what nobody gave"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_set_nothing_in_vain(recipe: Path) -> None:
+    table = tomllib.loads(recipe.read_text())
+    assert idle_notices(RunSettings.model_validate(table)) == []
