@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain, repeat
 
 from mulligan.common.inference import VersionSpan
 from mulligan.common.rewards import total
@@ -43,16 +44,16 @@ class TokenSequence:
 
     @property
     def token_ids(self) -> list[int]:
-        return [token for segment in self.segments for token in segment.token_ids]
+        return [*chain.from_iterable(segment.token_ids for segment in self.segments)]
 
     @property
     def loss_mask(self) -> list[bool]:
-        return [segment.loss for segment in self.segments for _ in segment.token_ids]
+        return [*chain.from_iterable(repeat(segment.loss, len(segment.token_ids)) for segment in self.segments)]
 
     @property
     def log_probs(self) -> list[float]:
         """Log-probabilities of the sampled tokens, in order."""
-        return [value for segment in self.segments for value in segment.log_probs]
+        return [*chain.from_iterable(segment.log_probs for segment in self.segments)]
 
     @property
     def sampled_count(self) -> int:

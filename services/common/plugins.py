@@ -105,7 +105,7 @@ class Plugins:
             return load()
         except MissingExtra:
             raise
-        except Exception as error:  # importing runs foreign code, which may raise anything
+        except (Exception, SystemExit) as error:  # importing runs foreign code, which may raise anything
             said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
             raise UnusablePlugin(f"{name!r} is no {self.noun}: {said}") from error
 

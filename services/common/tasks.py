@@ -40,6 +40,16 @@ async def cancel(*tasks: asyncio.Future[Any] | None) -> None:
     await asyncio.gather(*present, return_exceptions=True)
 
 
+def is_asked_to_end() -> bool:
+    """Whether somebody cancelled the present task. Otherwise a CancelledError is a failure of what it awaited: of a
+    subtask that was cancelled, or of a library. Nobody waits for the task to end then."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs
+        return False
+    return task is not None and task.cancelling() > 0
+
+
 async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which ends also if the caller is cancelled meanwhile. CancelledError is raised after that,
     and what `work` raised then is dropped."""

@@ -3,7 +3,6 @@ attempts read the memory. Then the protocols."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from statistics import fmean
@@ -15,6 +14,7 @@ from mulligan.common.rewards import reaches
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import EnvironmentInfo, TaskInfo
 from mulligan.trainer.events import EvaluationEvent
+from mulligan.trainer.foreign import blaming
 from mulligan.trainer.interfaces import PolicyPort
 from mulligan.trainer.metrics import rewards_of
 from mulligan.trainer.player import Player
@@ -62,13 +62,8 @@ async def measure(player: Player, step: int, attempts: Sequence[Sample], environ
 async def _run(player: Player, settings: ProtocolSettings) -> dict[str, float]:
     """The metrics of one protocol, by LABEL/METRIC."""
     player.begin(settings.prefix)
-    try:
+    with blaming(f"protocol {settings.name!r}", ProtocolFailed, OUTSIDE):
         metrics = await PROTOCOLS.find(settings.name).run(player, player.tasks, settings)
-    except OUTSIDE:
-        raise
-    except Exception as error:  # foreign code may raise anything
-        frames = "".join(traceback.format_exception(error))
-        raise ProtocolFailed(f"protocol {settings.name!r} raised\n{frames}") from error
     if problem := _problem(metrics):
         raise ProtocolFailed(f"protocol {settings.name!r} returned {problem}; expected finite numbers by name")
     metrics = {f"{settings.prefix}/{name}": float(value) for name, value in metrics.items()}
@@ -93,12 +88,13 @@ def fit_protocols(
     field of an error.
 
     Raises DomainError INVALID_SETTING for a protocol that fits no environment, with a `field` such as
-    `protocols[0].name`.
+    `protocols[0].name`, and ProtocolFailed.
     """
     kept: list[list[ProtocolSettings]] = [[] for _ in places]
     for index, protocol in enumerate(settings.protocols):
         lacks = getattr(PROTOCOLS.find(protocol.name), "lacks", lambda *_: "")
-        problems = [lacks(environment, tasks, protocol) for environment, tasks in places]
+        with blaming(f"protocol {protocol.name!r}", ProtocolFailed):
+            problems = [lacks(environment, tasks, protocol) for environment, tasks in places]
         if all(problems):
             field = f"{within}protocols[{index}].name"
             message = f"{field}: {protocol.name!r} cannot be measured in {places[0][0].name!r}: {problems[0]}"

@@ -17,9 +17,10 @@ from cachetools import LRUCache
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import make_folder
-from mulligan.common.tasks import cancel, to_its_end
+from mulligan.common.tasks import cancel, is_asked_to_end, to_its_end
 from mulligan.common.tracing import untraced
 from mulligan.common.types import Split
+from mulligan.trainer.checked import open_served
 from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
 from mulligan.trainer.events import EvaluationEvent, StateEvent
 from mulligan.trainer.folder import RunFolder, RunRecord, RunState
@@ -212,6 +213,7 @@ class RunManager:
         self._refuse_a_second()
         self._busy_with = run_id
         try:
+            await open_served(self._services.policy, run.settings, "actor")
             learner = await self._services.open_learner(run_id, run.settings)
             try:
                 await learner.load_checkpoint(checkpoint.name)
@@ -244,12 +246,13 @@ class RunManager:
         check_tasks(info, {Split.TEST: tasks})
         fit_protocols([(info, tasks)], settings)
         writers = await open_writers(self._services.policy, settings)
-        if run is not None:
-            await self.publish(run_id)
-            policy = run.settings.policies.actor
+        policy = policy if run is None else run.settings.policies.actor
         named = await NamedPolicy.open(self._services.policy, policy)
         check_environment(info, named.info)
         check_top_k(named.info, settings.top_k, "top_k")
+        if run is not None:
+            await self.publish(run_id)
+            named = await NamedPolicy.open(self._services.policy, policy)
         harness = Harness(port, named, info, named.info, "0", rollout.max_restarts)
         name = f"evaluation-{os.urandom(4).hex()}"
         recall = None if run is None else await newest(self._services.memory, run.settings, run_id)
@@ -293,8 +296,11 @@ class RunManager:
     async def _train(self, run: Run) -> None:
         try:
             await run.train()
-        except asyncio.CancelledError:
-            raise
+        except asyncio.CancelledError as error:
+            if is_asked_to_end():
+                raise
+            self._end(run, RunState.FAILED, "something that the run waited for was cancelled, and nobody asked for it")
+            log.error("run failed", run_id=run.run_id, exc_info=error)
         except Exception as error:  # any error is the run's state; the trainer serves on
             self._end(run, RunState.FAILED, _cause(run, error))
             log.error("run failed", run_id=run.run_id, exc_info=error)

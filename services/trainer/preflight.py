@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from pydantic import BaseModel
-
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, PolicyInfo
 from mulligan.common.reflections import RetrievalStrategy
@@ -20,6 +18,7 @@ from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
 from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
+from mulligan.trainer.idle import is_given, notices_of_idle_runs, notices_of_ignored
 from mulligan.trainer.interfaces import MemoryPort
 from mulligan.trainer.loss_terms import KlReference, MismatchCorrection
 from mulligan.trainer.recall import query_of
@@ -42,19 +41,14 @@ def check_actor(
     adapted_layers: Collection[str] = (),
     field: str = "policies.actor",
 ) -> None:
-    """Checks that the policy can be trained by this run. `field` is the setting that names it.
+    """Checks that the policy can be trained by this run's learner. `field` is the setting that names it.
 
-    It must serve the learner's model (`fingerprint`), report token ids and log-probabilities, and accept the weights
-    that the run publishes: with LoRA, an adapter for `adapted_layers`.
+    It must fit the run (`check_trainable`), serve the learner's model (`fingerprint`), and with LoRA take an adapter
+    for `adapted_layers`.
 
     Raises DomainError INVALID_SETTING or MODEL_MISMATCH.
     """
-    weights = Feature.FULL_WEIGHTS if settings.model.lora is None else Feature.LORA_WEIGHTS
-    missing = [feature for feature in (Feature.TOKEN_IDS, Feature.LOG_PROBS, weights) if feature not in info.features]
-    if missing:
-        raise _invalid(field, f"policy {info.name!r} ({info.backend}) cannot be trained: no {missing[0]}")
-    if info.frozen:
-        raise _invalid(field, f"policy {info.name!r} is frozen, and this run would update its weights")
+    check_trainable(info, settings, field)
     if info.fingerprint != fingerprint:
         source, revision = settings.model.source, settings.model.revision
         at = f" --set revision={revision}" if revision else ""
@@ -65,10 +59,26 @@ def check_actor(
             f"(`mulligan policy load {name} --model {source}{at}`), or have the run train what is served "
             "(model.source)",
         )
+    if settings.model.lora is not None:
+        _check_layers(info, adapted_layers)
+
+
+def check_trainable(info: PolicyInfo, settings: RunSettings, field: str = "policies.actor") -> None:
+    """Checks what is known before there is a learner: that the policy reports token ids and log-probabilities, takes
+    weights of the kind that the run publishes, and can sample as the run's settings say.
+
+    Raises DomainError INVALID_SETTING.
+    """
+    weights = Feature.FULL_WEIGHTS if settings.model.lora is None else Feature.LORA_WEIGHTS
+    missing = [feature for feature in (Feature.TOKEN_IDS, Feature.LOG_PROBS, weights) if feature not in info.features]
+    if missing:
+        raise _invalid(field, f"policy {info.name!r} ({info.backend}) cannot be trained: no {missing[0]}")
+    if info.frozen:
+        raise _invalid(field, f"policy {info.name!r} is frozen, and this run would update its weights")
     _check_dtype(info, settings.model.dtype)
     check_sampling(info, settings)
     if settings.model.lora is not None:
-        _check_lora(info, settings.model.lora.rank, adapted_layers)
+        _check_rank(info, settings.model.lora.rank)
 
 
 def check_sampling(info: PolicyInfo, settings: RunSettings) -> None:
@@ -99,13 +109,13 @@ async def check_memory(memory: MemoryPort, settings: RunSettings, scope: str) ->
 
 
 def idle_notices(settings: RunSettings) -> list[str]:
-    """A notice for each setting that somebody gave and that has no effect. A value that is not the default was given.
-    They are not refused, because they always were accepted."""
-    found = []
+    """A notice for each setting that somebody gave and that has no effect, and for what keeps the run from learning."""
+    found = [*notices_of_idle_runs(settings), *notices_of_ignored(settings)]
+    ignored = {text.partition(":")[0] for text in found}
     for table, setting, other, needed in _ONLY_WITH:
         chosen = getattr(settings, table)
         value = getattr(chosen, other)
-        if value not in needed and _is_given(chosen, setting):
+        if value not in needed and is_given(chosen, setting) and f"{table}.{setting}" not in ignored:
             wanted = " or ".join(f'"{one}"' for one in sorted(needed))
             found.append(f'{table}.{setting}: it has no effect with {table}.{other} = "{value}", only with {wanted}')
     algorithm = settings.algorithm
@@ -114,20 +124,17 @@ def idle_notices(settings: RunSettings) -> list[str]:
             'algorithm.aggregation: with "token_mean" and algorithm.advantage = "over_turn", the tokens of truncated '
             "samples count in the mean, which is not the paper's loss; that of another aggregation is"
         )
-    if "normalize_by_std" in algorithm.advantage_settings and _is_given(algorithm, "normalize_by_std"):
+    has_own = "normalize_by_std" in algorithm.advantage_settings and "algorithm.normalize_by_std" not in ignored
+    if has_own and is_given(algorithm, "normalize_by_std"):
         found.append("algorithm.normalize_by_std: it has no effect, as algorithm.advantage_settings has it, too")
     if algorithm.memory_entries == 0:
         read = ("memory_strategy", "memory_mix", "memory_tokens", "memory_holdout", "memory_readers", "memory_family")
-        given = [setting for setting in read if _is_given(algorithm, setting)]
+        given = [setting for setting in read if is_given(algorithm, setting)]
         if algorithm.memory_document:
             found.append("algorithm.memory_document: the run does not read it with algorithm.memory_entries = 0")
             given = [setting for setting in given if setting != "memory_strategy"]  # it follows from the document
         found += [f"algorithm.{setting}: it has no effect with algorithm.memory_entries = 0" for setting in given]
     return found
-
-
-def _is_given(chosen: BaseModel, setting: str) -> bool:
-    return bool(getattr(chosen, setting) != type(chosen).model_fields[setting].default)
 
 
 def check_tasks(
@@ -159,8 +166,8 @@ def _check_dtype(info: PolicyInfo, dtype: str) -> None:
     )
 
 
-def _check_lora(info: PolicyInfo, rank: int, layers: Collection[str]) -> None:
-    """Checks that the engine takes an adapter of this rank for these layers."""
+def _check_rank(info: PolicyInfo, rank: int) -> None:
+    """Checks that the engine takes an adapter of this rank."""
     limits = info.lora
     if limits.max_rank and rank > limits.max_rank:
         raise _invalid(
@@ -168,6 +175,11 @@ def _check_lora(info: PolicyInfo, rank: int, layers: Collection[str]) -> None:
             f"the engine of policy {info.name!r} takes adapters of rank {limits.max_rank} at most, and this run's has "
             f"{rank}; expected 1 to {limits.max_rank}, or an engine with more room ({info.backend}: --max-lora-rank)",
         )
+
+
+def _check_layers(info: PolicyInfo, layers: Collection[str]) -> None:
+    """Checks that the engine takes an adapter for these layers."""
+    limits = info.lora
     others = sorted(set(layers).difference(limits.target_modules))
     if limits.target_modules and others:
         raise _invalid(
@@ -208,19 +220,33 @@ def check_algorithm(
         "fork": not (environment.can_fork and environment.deterministic)
         and f"forks episodes, and environment {environment.name!r} "
         + ("is not deterministic" if environment.can_fork else "has no forks"),
-        "tokenize": policy.rewrites_history
-        and "trains on several turns as one token sequence, and the chat template of policy "
-        f"{policy.name!r} rewrites earlier turns",
+        "tokenize": (policy.rewrites_history or Feature.TOKEN_IDS not in policy.features)
+        and f"trains on several turns as one token sequence, and {_no_sequence(policy)}",
         "own_reflections": "reflector" in speakers
         and "trains the policy on its reflections, and here another one writes them (policies.reflector)",
     }
+    for feature in (Feature.TOKEN_IDS, Feature.SCORE):
+        has_it = feature in policy.features
+        lacking[feature.value] = (
+            not has_it and f"needs {feature}, and policy {policy.name!r} ({policy.backend}) has none"
+        )
     needs: Collection[str] = getattr(algorithm, "NEEDS", ())
+    if isinstance(needs, str) or not isinstance(needs, Collection):
+        expected = f"{{{needs!r}}}, a set" if isinstance(needs, str) else "a set of texts"
+        raise _invalid("algorithm.name", f"{name!r} has NEEDS = {needs!r}; expected {expected}")
     for need in needs:
         if need not in lacking:
             near = did_you_mean(need, lacking)
             raise _invalid("algorithm.name", f"{name!r} declares an unknown need {need!r}{near}")
         if problem := lacking[need]:
             raise _invalid("algorithm.name", f"{name!r} {problem}")
+
+
+def _no_sequence(policy: PolicyInfo) -> str:
+    """Why the turns of an episode are no token sequence that is known."""
+    if policy.rewrites_history:
+        return f"the chat template of policy {policy.name!r} rewrites earlier turns"
+    return f"policy {policy.name!r} ({policy.backend}) reports no token_ids"
 
 
 def check_other(purpose: str, info: PolicyInfo, actor: PolicyInfo, otherwise: str) -> None:

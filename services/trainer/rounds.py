@@ -3,7 +3,6 @@ replaced by others."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -13,6 +12,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.experience import Experience
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import TaskInfo
+from mulligan.trainer.foreign import blaming
 from mulligan.trainer.history import rounds_of
 from mulligan.trainer.journal import GroupsReplaced, StepJournal, StepStarted, slot_of
 from mulligan.trainer.samplers import SAMPLERS, Choice, Group, History, Round, Task, TaskRequest, UnfitSetting
@@ -96,13 +96,11 @@ class Chooser:
         for one in beside:
             self._history.add(one)
         try:
-            choice = _plain(self._sampler.choose(request, self._history, settings.sampler))
-            problem = self._problem(choice, request.count)
+            with blaming(f"sampler {settings.sampler.name!r}", SamplerFailed, (UnfitSetting,)):
+                choice = _plain(self._sampler.choose(request, self._history, settings.sampler))
+                problem = self._problem(choice, request.count)
         except UnfitSetting as error:
             raise DomainError(Reason.INVALID_SETTING, str(error), field=error.field) from error
-        except Exception as error:  # foreign code may raise anything
-            frames = "".join(traceback.format_exception(error))
-            raise SamplerFailed(f"sampler {settings.sampler.name!r} raised\n{frames}") from error
         finally:
             self._history.drop(len(beside))
         if problem:

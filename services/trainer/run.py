@@ -19,31 +19,23 @@ from mulligan.common.inference import PolicyInfo
 from mulligan.common.tasks import PrioritySlots
 from mulligan.common.tracing import span
 from mulligan.trainer.activity import CurrentActivity
-from mulligan.trainer.evaluation import fit_protocols, open_writers
+from mulligan.trainer.checked import CheckedRun, check_evaluator, check_run, open_served
 from mulligan.trainer.evaluations import Evaluations
 from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.history import read_history, write_history
+from mulligan.trainer.idle import FirstSteps
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from mulligan.trainer.journal import StepCompleted, journal_file, read_metrics
 from mulligan.trainer.pipeline import Pipeline, StepSampling
 from mulligan.trainer.player import Player
-from mulligan.trainer.preflight import (
-    check_actor,
-    check_algorithm,
-    check_environment,
-    check_memory,
-    check_other,
-    check_sampling,
-    idle_notices,
-    named_by,
-)
+from mulligan.trainer.preflight import check_actor, check_memory, idle_notices
 from mulligan.trainer.recall import newest, scope_of
 from mulligan.trainer.rounds import Chooser
 from mulligan.trainer.run_environment import RunEnvironments, RunTasks
 from mulligan.trainer.run_metrics import step_ended
-from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy, ServedPolicy
+from mulligan.trainer.sampling import PublishedPolicy, ServedPolicy
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
 from mulligan.trainer.tracking import Tracking
@@ -79,10 +71,7 @@ class ServicePorts:
         MODEL_MISMATCH or UNKNOWN_POLICY."""
         if learner is not None:
             return await self._published("actor", settings, learner, notice)
-        with named_by("policies.actor"):
-            found = await NamedPolicy.open(self.policy, settings.policies.actor)
-        check_sampling(found.info, settings)
-        return ServedPolicy(found)
+        return ServedPolicy(await open_served(self.policy, settings, "actor"))
 
     async def evaluator(
         self, settings: RunSettings, learner: LearnerPort | None, notice: Callable[[str], None], actor: PolicyInfo
@@ -92,39 +81,27 @@ class ServicePorts:
         if learner is None or not settings.policies.evaluator:
             return None
         found = await self._published("evaluator", settings, learner, notice)
-        check_other("evaluator", found.info, actor, "training waits for evaluations")
+        check_evaluator(found.info, actor)
         return found
 
     async def _published(
         self, purpose: str, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None]
     ) -> PublishedPolicy:
         """A policy that the learner's weights are published to."""
-        field = f"policies.{purpose}"
-        with named_by(field):
-            found = await NamedPolicy.open(self.policy, getattr(settings.policies, purpose))
-        check_actor(found.info, settings, learner.fingerprint, learner.adapted_layers, field)
+        found = await open_served(self.policy, settings, purpose)
+        check_actor(found.info, settings, learner.fingerprint, learner.adapted_layers, f"policies.{purpose}")
         return PublishedPolicy(found, learner, notice, self.upload, dtype=settings.model.dtype)
-
-    async def speakers(self, settings: RunSettings, actor: PolicyInfo) -> dict[str, NamedPolicy]:
-        """The other policies that write texts. Raises DomainError INVALID_SETTING or UNKNOWN_POLICY."""
-        found = {}
-        for purpose in ("reflector", "judge"):
-            if name := getattr(settings.policies, purpose):
-                with named_by(f"policies.{purpose}"):
-                    found[purpose] = await NamedPolicy.open(self.policy, name)
-                check_other(purpose, found[purpose].info, actor, "the actor writes and learns to")
-        return found
 
 
 class Run:
     """`train` runs until the last step or `stop`. It raises whatever makes the run fail.
 
-    It opens the environments and compares them with the run's fingerprints, creates the learner, loads the last
-    checkpoint, and publishes the weights. Each `_step` then samples (with the journal as recorder), learns, publishes,
-    memorises and writes its metrics. With `learner = "none"` it leaves out what needs a learner. With
-    `rollout.max_staleness` later steps are sampled meanwhile (`Pipeline`). Evaluations and checkpoints come between
-    steps (`Evaluations`). Where the learner is lost or a disk is full, `train` begins again at the last checkpoint; the
-    journal has what was sampled since.
+    It opens the environments and compares them with the run's fingerprints, checks what needs no learner (`check_run`),
+    creates the learner, loads the last checkpoint, and publishes the weights. Each `_step` then samples (with the
+    journal as recorder), learns, publishes, memorises and writes its metrics. With `learner = "none"` it leaves out
+    what needs a learner. With `rollout.max_staleness` later steps are sampled meanwhile (`Pipeline`). Evaluations and
+    checkpoints come between steps (`Evaluations`). Where the learner is lost or a disk is full, `train` begins again at
+    the last checkpoint; the journal has what was sampled since.
 
     `paused` says what the run waits for; "" while it trains. With `accept_environment`, the run goes on although the
     environment has changed.
@@ -144,6 +121,7 @@ class Run:
         self._pause = Pause()
         self._stop = asyncio.Event()
         self._finished = False
+        self._first_steps = FirstSteps(self.settings)
         checkpoint = folder.checkpoint()
         self.step = checkpoint.step if checkpoint else 0
 
@@ -233,13 +211,14 @@ class Run:
         self.accept_environment = False
         chooser = await self._chooser(tasks)
         await check_memory(self.services.memory, self.settings, scope_of(self.settings, self.run_id))
+        checked = await check_run(self.services.policy, self.settings, tasks)
         learner = None
         if self.settings.trains:
             self.activity.begin("creating the learner")
             log.info("creating the learner", run_id=self.run_id, model=self.settings.model.source)
             learner = await self.services.open_learner(self.run_id, self.settings)
         try:
-            await self._train_with(learner, tasks, chooser)
+            await self._train_with(learner, tasks, chooser, checked)
         finally:
             self.activity.begin("")
             if learner is not None:
@@ -276,20 +255,19 @@ class Run:
         if told:
             self._notice_once([f"lost from events.jsonl: {'; '.join(told)}. summary.json is without them"])
 
-    async def _train_with(self, learner: LearnerPort | None, tasks: Mapping[str, RunTasks], chooser: Chooser) -> None:
+    async def _train_with(
+        self, learner: LearnerPort | None, tasks: Mapping[str, RunTasks], chooser: Chooser, checked: CheckedRun
+    ) -> None:
         settings = self.settings
         services = self.services
         actor = await services.actor(settings, learner, self.notice)
-        for name, field in settings.environments.items():
-            check_environment(tasks[name].info, actor.info, field)
-        speakers = await services.speakers(settings, actor.info)
         checkpoint = self.folder.checkpoint()
         if checkpoint is not None and learner is not None:
             await learner.load_checkpoint(checkpoint.name)
         incarnation = uuid.uuid4().hex[:8]
         restarts = settings.rollout.max_restarts
         harnesses = {
-            name: Harness(port, actor, tasks[name].info, actor.info, incarnation, restarts, speakers)
+            name: Harness(port, actor, tasks[name].info, actor.info, incarnation, restarts, checked.speakers)
             for name, port in self.environments.ports.items()
         }
         evaluator = await services.evaluator(settings, learner, self.notice, actor.info)
@@ -299,10 +277,8 @@ class Run:
         if services.memory_of is not None:
             memory = services.memory_of(self.run_id, scope_of(settings, self.run_id))
         runner = StepRunner(self.run_id, settings, harness, memory, learner, others=others)
-        for known in tasks.values():
-            check_algorithm(settings.algorithm.name, runner.algorithm, known.info, actor.info, speakers)
         pipeline = Pipeline(runner, actor, self.environments, tasks, chooser, self.folder, self.notice)
-        players = await self._players(harnesses, tasks, evaluator, pipeline)
+        players = self._players(harnesses, tasks, evaluator, pipeline, checked)
         evaluations = Evaluations(
             self.run_id,
             settings,
@@ -387,6 +363,8 @@ class Run:
             with span("learn"):
                 metrics |= await runner.learn(self.step, step.kept)
             self._notice_once(drop_notices(metrics))
+        if told := self._first_steps.notice(self.step, has_learned=runner.has_taught(step.kept)):
+            self._tell_once(told)
         learned = _clock()
         with span("publish"):
             await self._publish(policy)
@@ -423,22 +401,19 @@ class Run:
         self.events.sync()  # first: a run that goes on from the checkpoint does not make earlier events again
         self.folder.write_checkpoint(Checkpoint(name, step, memory_version))
 
-    async def _players(
+    def _players(
         self,
         harnesses: Mapping[str, Harness],
         tasks: Mapping[str, RunTasks],
         evaluator: PublishedPolicy | None,
         pipeline: Pipeline,
+        checked: CheckedRun,
     ) -> dict[str, Player]:
-        """What plays the evaluations in each environment. The actor's share the slots of the rollouts. Raises
-        DomainError INVALID_SETTING and UNKNOWN_POLICY."""
+        """What plays the evaluations in each environment. The actor's share the slots of the rollouts."""
         settings = self.settings
-        places = [(known.info, known.test) for known in tasks.values()]
-        fitting = fit_protocols(places, settings.evaluation, "evaluation.")
-        writers = await open_writers(self.services.policy, settings.evaluation, "evaluation.")
         threshold = settings.algorithm.success_threshold
         players = {}
-        for (name, known), evaluation in zip(tasks.items(), fitting, strict=True):
+        for (name, known), evaluation in zip(tasks.items(), checked.evaluations, strict=True):
             harness = harnesses[name]
             slots = pipeline.slots
             if evaluator is not None:
@@ -451,7 +426,7 @@ class Run:
                 settings.rollout,
                 settings.seed,
                 threshold,
-                writers=writers,
+                writers=checked.writers,
                 slots=slots,
             )
         return players

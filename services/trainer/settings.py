@@ -94,6 +94,13 @@ class AlgorithmSettings(MemoryUseSettings):
         return self
 
     @property
+    def without_effect(self) -> frozenset[str]:
+        """The settings that mean nothing to the algorithm, or nothing with the others: of this table by their names, of
+        the table `[loss]` as `loss.NAME`. Without `loss.name`, the loss's own settings mean nothing either. What is
+        given of them all the same is told in a notice."""
+        return frozenset()
+
+    @property
     def estimator_settings(self) -> dict[str, Any]:
         """Those of the advantage estimator. `normalize_by_std` is GRPO's."""
         own = {"normalize_by_std": self.normalize_by_std} if self.advantage == ADVANTAGES.default else {}
@@ -160,7 +167,7 @@ class RolloutSettings(_Settings):
     @model_validator(mode="after")
     def _signal_needs_a_group(self) -> Self:
         if self.replace_rounds and self.rollouts_per_task == 1:
-            problem = "expected 0, as a group of one (rollouts_per_task = 1) never has a signal"
+            problem = "expected 0, as a group of one (rollouts_per_task = 1) compares nothing"
             raise located({("replace_rounds",): problem})
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,13 +12,16 @@ from typing import Any
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.experience import Experience, Sample
 from mulligan.common.reflections import MAX_TEXT_BYTES, Labels, Provenance, ReflectionKind, UseOutcome
-from mulligan.common.rewards import differ, reaches
+from mulligan.common.rewards import reaches
 from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.common.tracing import span
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.document import RewrittenDocument, best_of
+from mulligan.trainer.foreign import blaming
+from mulligan.trainer.group_signal import moves, rounded
 from mulligan.trainer.harness import Harness, NotRepeatable
+from mulligan.trainer.idle import remembers
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.member import Member, NoRecorder, Peers, Recorder
 from mulligan.trainer.metrics import mean_metrics, rollout_metrics
@@ -75,7 +77,10 @@ class StepRunner:
     algorithm: ModuleType = field(init=False)
     memory_scope: str = field(init=False)
     minibatches_learned: int = field(init=False, default=0)  # of the step that `learn` works on
+    has_moved: bool = field(init=False, default=False)  # whether what `learn` was given last has a gradient
     _played: dict[str, Member[AlgorithmSettings]] = field(init=False, default_factory=dict)  # by experience
+    # What `has_signal` found, by the identities of a group's experiences, which are kept as long.
+    _signals: dict[tuple[int, ...], tuple[Group, bool]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.algorithm = ALGORITHMS.find(self.settings.algorithm.name)
@@ -190,6 +195,7 @@ class StepRunner:
         data, left_out = self.training_data(experiences)
         with self._blame():
             self.recorder.train(trained(data, experiences))
+            self.has_moved = moves(data, self.settings.loss)
             if not self.settings.loss.regularizes:
                 data = [datum for datum in data if datum.weight and datum.objective.moves(self.settings.loss)]
         if not data:
@@ -280,13 +286,44 @@ class StepRunner:
         return metrics
 
     def has_signal(self, group: Group) -> bool:
-        """Whether the algorithm can learn something from comparing the members of the group: its own `has_signal`, or
-        whether the rewards of their first samples differ. Raises AlgorithmFailed."""
+        """Whether the group teaches anything: what the algorithm's own `has_signal` says. Without that: with a learner,
+        whether `train` gives data with a gradient for this group as a whole step; without a learner, whether the group
+        leaves something in the memory. Raises AlgorithmFailed."""
         own = getattr(self.algorithm, "has_signal", None)
-        if own is None:
-            return differ(one.samples[0].reward for one in group if one.samples)
+        if own is not None:
+            with self._blame():
+                return bool(own(group, self.settings.algorithm))
+        if self.learner is None:
+            return self.leaves(group)
+        key = tuple(map(id, group))
+        if key not in self._signals:  # a group is asked for after each round of the step, and for its metrics
+            self._signals[key] = (group, self._teaches(group))
+        return self._signals[key][1]
+
+    def has_taught(self, experiences: Sequence[Experience]) -> bool:
+        """Whether `learn` was given anything with a gradient; without a learner, whether these experiences may leave
+        something in the memory: where the algorithm says that it remembers or does not, there is nothing to see."""
+        if self.learner is not None:
+            return self.has_moved
+        return remembers(self.algorithm) is not None or self.leaves(experiences)
+
+    def leaves(self, experiences: Sequence[Experience]) -> bool:
+        """Whether they leave a lesson or an episode in the memory."""
+        if self.settings.algorithm.memory_episodes:
+            return True
+        members = (self._played.get(one.experience_id) for one in experiences)
+        return any(member.lessons for member in members if member is not None)
+
+    def _teaches(self, group: Group) -> bool:
+        """Whether the data of the group have a gradient."""
+        algorithm = self.settings.algorithm
+        kept, _ = trainable(rounded(group), self._limits, train_cut_texts=algorithm.train_cut_reflections)
         with self._blame():
-            return bool(own(group, self.settings.algorithm))
+            data: list[Datum] = self.algorithm.train(groups_of(kept), algorithm)
+            problem = self._problem(data)
+        if problem:
+            raise AlgorithmFailed(f"algorithm {algorithm.name!r} gave {problem}")
+        return moves(data, self.settings.loss)
 
     def _harness_of(self, experience: Experience) -> Harness:
         return self.others.get(experience.environment, self.harness)
@@ -305,13 +342,8 @@ class StepRunner:
     @contextmanager
     def _blame(self) -> Iterator[None]:
         """Tells the algorithm's own errors apart from those of services. Raises AlgorithmFailed."""
-        try:
+        with blaming(f"algorithm {self.settings.algorithm.name!r}", AlgorithmFailed, OUTSIDE):
             yield
-        except OUTSIDE:
-            raise
-        except Exception as error:  # foreign code may raise anything
-            frames = "".join(traceback.format_exception(error))
-            raise AlgorithmFailed(f"algorithm {self.settings.algorithm.name!r} raised\n{frames}") from error
 
     @property
     def _limits(self) -> ModelLimits:

@@ -20,6 +20,7 @@ from mulligan.common.files import make_folder
 from mulligan.common.state_files import read_document, write_document
 from mulligan.common.tasks import cancel
 from mulligan.trainer.events import Entry, EvaluationEvent, EventLog, StepEvent
+from mulligan.trainer.foreign import FAILURES
 from mulligan.trainer.metric_writers import METRIC_WRITERS, MetricWriter, TrackedRun
 from mulligan.trainer.settings import TrackingSettings
 
@@ -158,7 +159,7 @@ class TrackingThread:
     def _try(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - foreign code, which may raise anything; the run goes on
+        except FAILURES as error:  # of foreign code; the run goes on
             if not self._failed:
                 self._failed = True
                 text = f"metrics do not reach {self._name}: {without_secrets(error)}. The run goes on, and tries again"
@@ -180,7 +181,7 @@ def metrics_of(event: object) -> tuple[int, dict[str, float]]:
     return event.step, {f"{prefix}{name}": value for name, value in (own | event.metrics).items()}
 
 
-def without_secrets(error: Exception) -> str:
+def without_secrets(error: BaseException) -> str:
     """What an error says, without credentials of the environment's variables and of addresses."""
     text = f"{type(error).__name__}: {error}"
     for name, value in os.environ.items():

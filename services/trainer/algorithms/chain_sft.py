@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.types import Outcome
+from mulligan.trainer.algorithms import SUPERVISED
 from mulligan.trainer.batch import Group, imitation
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -56,6 +57,13 @@ class Settings(AlgorithmSettings):
     train_reflection: bool = True
     # Weight of the branch.
     chain_weight: float = Field(1.0, ge=0)
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return SUPERVISED
+
+
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

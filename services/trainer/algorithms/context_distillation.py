@@ -30,7 +30,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample
 from mulligan.trainer.aggregation import Aggregation
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, SUPERVISED, Played
 from mulligan.trainer.algorithms.sdpo import TEACHER, taught
 from mulligan.trainer.batch import Group
 from mulligan.trainer.data import Datum
@@ -63,8 +63,13 @@ class Settings(AlgorithmSettings):
     # Weight of the branch, ≥ 0.
     distillation_weight: float = Field(1.0, ge=0)
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return SUPERVISED | CUT_TEXTS
+
 
 PLAYS = Played(2, texts=1, copies=1)
+REMEMBERS = True
 
 
 async def play(member: Member[Settings]) -> None:

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample, TrainingTarget
 from mulligan.trainer.aggregation import aggregate
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, Played
 from mulligan.trainer.batch import (
     Group,
     advantages,
@@ -62,8 +62,13 @@ class Settings(AlgorithmSettings):
     first_weight: float = Field(1.0, ge=0)
     refinement_weight: float = Field(1.0, ge=0)
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | READING
+
 
 PLAYS = Played(2, texts=1, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

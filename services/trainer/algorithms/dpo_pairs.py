@@ -30,7 +30,7 @@ from typing import Literal
 from pydantic import Field
 
 from mulligan.common.rewards import exceeds
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import ADVANTAGES, AGGREGATION, CUT_TEXTS, POLICY_GRADIENT, Played
 from mulligan.trainer.batch import Group, preferences
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -60,8 +60,13 @@ class Settings(AlgorithmSettings):
     # Weight of the mean over the pairs, ≥ 0.
     pair_weight: float = Field(1.0, ge=0)
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return ADVANTAGES | AGGREGATION | POLICY_GRADIENT | CUT_TEXTS
+
 
 PLAYS = Played(2, texts=1, copies=1)
+REMEMBERS = True
 
 
 async def play(member: Member[Settings]) -> None:

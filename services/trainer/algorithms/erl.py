@@ -76,6 +76,7 @@ class Settings(AlgorithmSettings):
 
 
 PLAYS = Played(2, texts=1, copies=1)
+REMEMBERS = True
 
 
 async def play(member: Member[Settings]) -> None:

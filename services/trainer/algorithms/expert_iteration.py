@@ -36,7 +36,7 @@ from pydantic import Field, model_validator
 from mulligan.common.experience import Experience, Sample
 from mulligan.common.plugins import located
 from mulligan.common.rewards import exceeds, reaches
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, SUPERVISED, Played
 from mulligan.trainer.batch import Group, imitation
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -67,8 +67,13 @@ class Settings(AlgorithmSettings):
             raise located({("thresholds",): f"expected rising numbers; got {list(self.thresholds)}"})
         return self
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return SUPERVISED | CUT_TEXTS | READING | ({"thresholds"} if self.filter is Filter.REST_EM else set())
+
 
 PLAYS = Played(1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:
@@ -84,11 +89,6 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
         kept += passed[: settings.per_task or None]
     weight = settings.first_weight / max(attempts, 1)
     return imitation([(sample, sample.temperature) for sample in kept], settings, weight, FIRST)
-
-
-def has_signal(group: Group, settings: Settings) -> bool:
-    """There is no baseline: whatever passes is learnt."""
-    return any(passes(one, settings) for one in group)
 
 
 def passes(one: Experience, settings: Settings) -> bool:

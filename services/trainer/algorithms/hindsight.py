@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.rewards import reaches
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, SUPERVISED, Played
 from mulligan.trainer.batch import Group, imitation
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -48,8 +48,13 @@ class Settings(AlgorithmSettings):
     good_weight: float = Field(1.0, ge=0)
     bad_weight: float = Field(1.0, ge=0)
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return SUPERVISED | CUT_TEXTS | READING
+
 
 PLAYS = Played(1, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

@@ -27,7 +27,7 @@ from pydantic import Field
 from mulligan.common.experience import Sample
 from mulligan.common.rewards import reaches
 from mulligan.trainer.aggregation import Aggregation, aggregate
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, SUPERVISED, Played
 from mulligan.trainer.batch import Group, data_of, number_trained, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -43,8 +43,13 @@ class Settings(AlgorithmSettings):
     # Weight of the branch, ≥ 0.
     first_weight: float = Field(1.0, ge=0)
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return SUPERVISED | CUT_TEXTS | READING
+
 
 PLAYS = Played(1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

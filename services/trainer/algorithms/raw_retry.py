@@ -7,20 +7,25 @@ memory mean nothing.
 from __future__ import annotations
 
 from mulligan.common.rewards import exceeds
-from mulligan.trainer.algorithms import Played, erl
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, Played, erl
 from mulligan.trainer.algorithms.erl import train
 from mulligan.trainer.member import Member
 from mulligan.trainer.texts import fill, trace_of
 
-__all__ = ["PLAYS", "Settings", "play", "train"]
+__all__ = ["PLAYS", "REMEMBERS", "Settings", "play", "train"]
 
 
 class Settings(erl.Settings):
     name: str = "raw_retry"
     memory_entries: int = 0
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | READING | {"reflection_weight"}
+
 
 PLAYS = Played(2, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

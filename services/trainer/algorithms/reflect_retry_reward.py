@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.experience import Experience, Sample
-from mulligan.common.rewards import differ
 from mulligan.trainer.batch import Group, gradients, rewards_before
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -49,6 +48,9 @@ class Settings(AlgorithmSettings):
     reflections: int = Field(8, ge=1, le=100)
     # Weight of the branch.
     reflection_weight: float = Field(1.0, ge=0)
+
+
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:
@@ -70,11 +72,6 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     count = sum(bool(sample.sequences) for group in compared for sample in group)
     weight = settings.reflection_weight / max(count, 1)
     return gradients(compared, settings, weight, REFLECTION, rewards_before(groups))
-
-
-def has_signal(group: Group, settings: Settings) -> bool:
-    """Only the reflections are trained, and compared with each other."""
-    return any(differ(sample.reward for sample in samples) for samples in _compared(group, settings))
 
 
 def _compared(group: Group, settings: Settings) -> list[list[Sample]]:

@@ -31,7 +31,8 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.experience import Sample
-from mulligan.common.rewards import differ, reaches, total
+from mulligan.common.rewards import reaches
+from mulligan.trainer.algorithms import CUT_TEXTS, READING
 from mulligan.trainer.batch import Group, gradients, rewarded, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -54,6 +55,13 @@ class Settings(AlgorithmSettings):
     # Weight of the branch.
     first_weight: float = Field(1.0, ge=0)
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | READING
+
+
+REMEMBERS = False
+
 
 async def play(member: Member[Settings]) -> None:
     await member.attempt(FIRST, tries=member.settings.tries, again=member.settings.again)
@@ -65,12 +73,6 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     shaped = [[rewarded(sample, turn_rewards(sample, settings)) for sample in group] for group in played]
     count = sum(bool(sample.sequences) for group in shaped for sample in group)
     return gradients(shaped, settings, settings.first_weight / max(count, 1), FIRST)
-
-
-def has_signal(group: Group, settings: Settings) -> bool:
-    """The conversations are compared by the sums of their turns' rewards."""
-    (played,) = with_reward([group], FIRST)
-    return differ(total(turn_rewards(sample, settings)) for sample in played)
 
 
 def turn_rewards(sample: Sample, settings: Settings) -> list[float]:

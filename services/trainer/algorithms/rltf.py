@@ -31,7 +31,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample
 from mulligan.trainer.aggregation import aggregate
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, Played
 from mulligan.trainer.batch import Group, gradients, number_trained, rewards_before, transfer, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -59,8 +59,13 @@ class Settings(AlgorithmSettings):
     first_weight: float = Field(1.0, ge=0)
     second_weight: float = Field(1.0, ge=0)
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | READING
+
 
 PLAYS = Played(2, texts=1, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

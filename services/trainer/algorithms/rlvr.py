@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from mulligan.trainer.algorithms import Played, erl
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, Played, erl
 from mulligan.trainer.batch import Group
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -24,8 +24,13 @@ class Settings(AlgorithmSettings):
     first_weight: float = Field(1.0, ge=0)
     branch_normalization: erl.BranchNormalization = erl.BranchNormalization.OWN_COUNT
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | READING
+
 
 PLAYS = Played(1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

@@ -31,7 +31,7 @@ from pydantic import Field, model_validator
 
 from mulligan.common.plugins import located
 from mulligan.trainer.aggregation import aggregate
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, Played
 from mulligan.trainer.batch import Group, advantages, number_trained, policy_gradient, transfer
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -64,8 +64,13 @@ class Settings(AlgorithmSettings):
             raise located({("hints",): "expected at least one, or memory_entries of at least 1, whose lines they are"})
         return self
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | (READING if self.hints else frozenset())
+
 
 PLAYS = Played(1, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

@@ -30,7 +30,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample
 from mulligan.trainer.aggregation import Aggregation, aggregate
-from mulligan.trainer.algorithms import Played
+from mulligan.trainer.algorithms import CUT_TEXTS, READING, SUPERVISED, Played
 from mulligan.trainer.batch import Group, divergence, gradients, number_trained, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -60,8 +60,13 @@ class Settings(AlgorithmSettings):
     distillation_weight: float = Field(1.0, ge=0)
     first_weight: float = Field(0.0, ge=0)
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | READING | (frozenset() if self.first_weight else SUPERVISED)
+
 
 PLAYS = Played(1, copies=1)
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

@@ -40,6 +40,7 @@ from pydantic import Field
 from mulligan.common.experience import Experience, ForkPoint, Sample
 from mulligan.common.rewards import exceeds, reaches, total
 from mulligan.common.types import Outcome
+from mulligan.trainer.algorithms import ADVANTAGES, AGGREGATION, CUT_TEXTS, POLICY_GRADIENT, READING
 from mulligan.trainer.batch import Group, preferences, rest_of
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -83,6 +84,13 @@ class Settings(AlgorithmSettings):
     ftx: float = Field(0.1, ge=0)
     # Weight of the mean over the pairs, ≥ 0.
     pair_weight: float = Field(1.0, ge=0)
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return ADVANTAGES | AGGREGATION | POLICY_GRADIENT | CUT_TEXTS | READING
+
+
+REMEMBERS = False
 
 
 async def play(member: Member[Settings]) -> None:

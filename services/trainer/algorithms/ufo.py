@@ -27,7 +27,8 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.experience import Sample
-from mulligan.common.rewards import differ, reaches
+from mulligan.common.rewards import reaches
+from mulligan.trainer.algorithms import CUT_TEXTS, READING
 from mulligan.trainer.batch import Group, gradients, rewarded, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -52,6 +53,13 @@ class Settings(AlgorithmSettings):
     # Weight of the branch.
     first_weight: float = Field(1.0, ge=0)
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return CUT_TEXTS | READING
+
+
+REMEMBERS = False
+
 
 async def play(member: Member[Settings]) -> None:
     await member.attempt(FIRST, tries=member.settings.tries, again=member.settings.again)
@@ -62,12 +70,6 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     shaped = [[_shaped(sample, settings) for sample in group] for group in with_reward(groups, FIRST)]
     count = sum(bool(sample.sequences) for group in shaped for sample in group)
     return gradients(shaped, settings, settings.first_weight / max(count, 1), FIRST)
-
-
-def has_signal(group: Group, settings: Settings) -> bool:
-    """R counts: a group in which all solve the task may differ in how soon."""
-    (played,) = with_reward([group], FIRST)
-    return differ(worth(sample, settings) for sample in played)
 
 
 def _shaped(sample: Sample, settings: Settings) -> Sample:

@@ -20,7 +20,7 @@ from math import tanh
 
 from pydantic import Field
 
-from mulligan.trainer.samplers import Choice, History, SamplerSettings, Task, TaskRequest
+from mulligan.trainer.samplers import Choice, History, SamplerSettings, Task, TaskRequest, UnfitSetting
 from mulligan.trainer.seeds import derive_seed
 
 
@@ -52,10 +52,12 @@ def choose(request: TaskRequest, history: History, settings: Settings) -> Choice
 
 
 def target_difficulty(request: TaskRequest, history: History, settings: Settings) -> float:
-    """T of the request's step."""
+    """T of the request's step. Raises UnfitSetting where a run would begin beyond the difficulties of its tasks."""
     difficulties = [info.difficulty for listed in request.tasks.values() for info in listed]
     low, high = min(difficulties), max(difficulties)
     size = (high - low) / 2 if settings.move is None else settings.move
+    if settings.start is not None and not history.rounds and not low <= settings.start <= high:
+        raise UnfitSetting("start", f"expected {low:g} to {high:g}, as the tasks are difficult; got {settings.start:g}")
     aim = low if settings.start is None else settings.start
     for one in history.rounds:
         if one.step < request.step and one.number == 0 and one.mean_reward is not None:

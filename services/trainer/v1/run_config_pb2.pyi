@@ -747,10 +747,10 @@ class RolloutConfig(_message.Message):
     """
     replace_rounds: _builtins.int
     """Groups without signal are replaced by groups of other tasks, in at most so many further rounds per step (dynamic
-    sampling: DAPO, arXiv 2503.14476, 3.2). A group has no signal if the first samples of its chains all have the same
-    reward, unless the algorithm compares something else: "ufo" and "rlef" their shaped rewards, "reflect_retry_reward"
-    its reflections, "nft" right and wrong answers, "expert_iteration" whether one passes. What is left after the last
-    round is trained on as it is. Replaced groups are journaled, count in the metrics `rollouts` and `replaced_groups`,
+    sampling: DAPO, arXiv 2503.14476, 3.2). A group has a signal if its data, trained on alone, have a gradient. A policy
+    gradient has none where all rewards are the same; "erl" still learns from such a group if a second attempt succeeds
+    or second attempts differ. "nft" goes by right and wrong answers. Without a learner, a group has a signal if it leaves
+    something in the memory. What is left after the last round is trained on as it is. Replaced groups are journaled, count in the metrics `rollouts` and `replaced_groups`,
     and are neither trained on nor remembered. Default 0. With more, rollouts_per_task is at least 2.
     """
     max_staleness: _builtins.int

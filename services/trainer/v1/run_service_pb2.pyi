@@ -341,8 +341,8 @@ class StepCompleted(_message.Message):
         success_ROLE: the share of the episodes of a role, such as first and second, whose reward reached the threshold.
         reward_ROLE: their mean reward. Absent when no episode of the role has a reward.
 
-        groups_with_signal: the share of groups whose members differ in what the algorithm compares: in most algorithms the
-        reward of the first episode; RunConfig's `rollout.replace_rounds` goes by the same. reflections: texts written.
+        groups_with_signal: the share of groups whose data have a gradient, among those with a reward; what RunConfig's
+        `rollout.replace_rounds` goes by, which says more. reflections: texts written.
         distilled: targets that were made. restarts: episodes that were started over. rollouts: episodes started plus texts
         written. sampled_tokens: a count.
 

@@ -90,6 +90,9 @@ def test_two_distributions_with_one_name_are_told_apart_by_nobody(
 
 def test_what_a_module_raises_is_told(acme: Path) -> None:
     (acme / "acme" / "raises.py").write_text("raise RuntimeError('not today')")
+    (acme / "acme" / "exits.py").write_text("raise SystemExit('bye')")
+    with pytest.raises(UnusablePlugin, match=r"'acme\.exits' is no store: SystemExit: bye"):
+        STORES.find("acme.exits")
     with pytest.raises(UnusablePlugin, match=r"'acme\.raises' is no store: RuntimeError: not today"):
         STORES.find("acme.raises")
     (acme / "acme" / "lacks.py").write_text(

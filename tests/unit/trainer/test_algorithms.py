@@ -27,7 +27,7 @@ from mulligan.trainer.objectives.negative_aware import NegativeAware
 from mulligan.trainer.objectives.transfer import Transfer
 from mulligan.trainer.run import ServicePorts
 from mulligan.trainer.servicer import RunServicer
-from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.settings import ALGORITHMS, RunSettings
 from mulligan.trainer.step import AlgorithmFailed, StepRunner
 from mulligan.trainer.v1 import run_service_pb2
 from mulligan.trainer.wire import foreign_from_proto, settings_from_proto, settings_to_proto, validated
@@ -151,11 +151,8 @@ async def test_a_repeated_step_finds_every_sample_again(outside: str, tmp_path: 
 
 
 async def test_an_algorithm_that_raises_fails_its_run_with_its_own_traceback(outside: str, tmp_path: Path) -> None:
-    async def open_learner(run_id: str, settings: RunSettings) -> FakeLearner:
-        return FakeLearner()
-
     environment = FakeEnvironment({"t0": "go"})
-    manager = RunManager(tmp_path, ServicePorts(environment, FakePolicy(says), FakeMemory(), open_learner))
+    manager = RunManager(tmp_path, ServicePorts(environment, FakePolicy(says), FakeMemory(), opened))
     run = manager.start("broken", config(outside, hint="break"))
     await until(lambda: manager.record("broken").error != "")
     error = manager.record("broken").error
@@ -166,6 +163,45 @@ async def test_an_algorithm_that_raises_fails_its_run_with_its_own_traceback(out
     assert journal.find("broken-s0-t0-r0-first"), "what was sampled is kept"
     journal.close()
     await manager.close()
+
+
+async def _cancels_its_subtask(*_: Any) -> None:
+    subtask = asyncio.create_task(asyncio.sleep(60))
+    subtask.cancel()
+    await subtask
+
+
+async def _exits(*_: Any) -> None:
+    raise SystemExit(3)
+
+
+def _is_cancelled(*_: Any) -> None:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    ("export", "code", "words"),
+    [
+        ("play", _cancels_its_subtask, "asyncio.exceptions.CancelledError"),
+        ("play", _exits, "SystemExit: 3"),
+        ("train", _is_cancelled, "asyncio.exceptions.CancelledError"),
+    ],
+)
+async def test_an_algorithm_that_is_cancelled_or_exits_fails_its_run_and_nothing_else(
+    outside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: str, code: Any, words: str
+) -> None:
+    """Nobody asked for it, so the run does not end as if somebody had."""
+    monkeypatch.setattr(ALGORITHMS.find(outside), export, code)
+    manager = RunManager(tmp_path, ServicePorts(FakeEnvironment({"t0": "go"}), FakePolicy(says), FakeMemory(), opened))
+    manager.start("broken", config(outside))
+    await until(lambda: manager.record("broken").state is RunState.FAILED)
+    error = manager.record("broken").error
+    assert "algorithm 'acme.best_of_group' raised" in error and words in error and f"in {code.__name__}" in error
+    await manager.close()
+
+
+async def opened(run_id: str, settings: RunSettings) -> FakeLearner:
+    return FakeLearner()
 
 
 async def test_a_run_whose_algorithm_is_gone_is_refused_by_name_and_hides_no_other(tmp_path: Path) -> None:

@@ -152,7 +152,11 @@ def test_a_run_goes_on_whatever_is_damaged_of_a_step_that_it_resumes(
     ("lost", "changes", "why"),
     [
         (StepStarted, {}, "which tasks it plays is lost"),
-        (GroupsReplaced, {"rollout": {"replace_rounds": 2}, "sampler": {"name": "weakest"}}, "which tasks it plays"),
+        (
+            GroupsReplaced,
+            {"algorithm": {"name": "rlvr"}, "rollout": {"replace_rounds": 2}, "sampler": {"name": "weakest"}},
+            "which tasks it plays",
+        ),
         (SamplingBegan, {"rollout": {"max_staleness": 1}, "deterministic": False}, "which weights its samples have"),
     ],
 )

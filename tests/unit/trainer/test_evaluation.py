@@ -28,6 +28,8 @@ from tests.support.waiting import until
 FIRST_AND_HINTED = '''
 """Attempts with and without a hint in the system prompt."""
 
+import asyncio
+
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.trainer.protocols import ProtocolSettings
 
@@ -38,12 +40,18 @@ class Settings(ProtocolSettings):
 
 
 def lacks(environment, tasks, settings):
+    if settings.hint == "lacks":
+        return len(environment.nothing)
     return "there is a task without a number" if any(not task.task_id[1:].isdigit() for task in tasks) else ""
 
 
 async def run(player, tasks, settings):
     if settings.hint == "break":
         raise KeyError("nothing here")
+    if settings.hint == "cancel":
+        raise asyncio.CancelledError
+    if settings.hint == "exit":
+        raise SystemExit(3)
     if settings.hint == "nan":
         return {"share": float("nan")}
     if settings.hint == "none":
@@ -92,6 +100,9 @@ async def test_a_protocol_from_outside_the_tree(outside: str) -> None:
     ("hint", "words"),
     [
         ("break", ["raised", "KeyError: 'nothing here'", "hinted.py"]),
+        ("cancel", ["raised", "asyncio.exceptions.CancelledError", "hinted.py"]),
+        ("exit", ["raised", "SystemExit: 3", "hinted.py"]),
+        ("lacks", ["raised", "has no attribute 'nothing'", "hinted.py"]),
         ("nan", ["returned 'share': nan; expected finite numbers by name"]),
         ("none", ["returned a NoneType"]),
     ],

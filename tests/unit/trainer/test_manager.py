@@ -14,7 +14,7 @@ import pytest
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.tasks import cancel
-from mulligan.trainer.events import NoticeEvent
+from mulligan.trainer.events import NoticeEvent, StateEvent
 from mulligan.trainer.folder import RunFolder, RunRecord, RunState
 from mulligan.trainer.interfaces import LearnerPort
 from mulligan.trainer.manager import RunManager
@@ -116,6 +116,35 @@ async def test_what_comes_while_a_run_is_published_is_refused_until_its_caller_l
         await until(lambda: manager.record("new-0").state is RunState.COMPLETED)
     finally:
         await manager.close()
+
+
+async def test_a_run_in_which_something_is_cancelled_by_nobody_fails(tmp_path: Path) -> None:
+    """And one that the trainer cancels, because it ends, goes on at its next start."""
+    world = World(tmp_path)
+    settings, services = world.folder.settings(), world.run().services
+    begun = asyncio.Event()
+
+    async def gone(run_id: str, settings: RunSettings) -> LearnerPort:
+        raise asyncio.CancelledError
+
+    async def slow(run_id: str, settings: RunSettings) -> LearnerPort:
+        begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    manager = RunManager(tmp_path, replace(services, open_learner=gone))
+    try:
+        run = manager.start("gone", settings)
+        await until(lambda: manager.record("gone").state is RunState.FAILED)
+        said = "something that the run waited for was cancelled, and nobody asked for it"
+        assert manager.record("gone").error == said
+        assert run.events.entries[-1].event == StateEvent(RunState.FAILED, said), "those who watch are told"
+        manager._services = replace(services, open_learner=slow)
+        manager.start("slow", settings)
+        await begun.wait()
+    finally:
+        await manager.close()
+    assert manager.record("slow").state is RunState.RUNNING
 
 
 def _started(manager: RunManager, run_id: str, settings: RunSettings) -> bool:

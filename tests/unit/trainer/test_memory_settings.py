@@ -109,7 +109,7 @@ def test_a_document_is_read_unless_another_strategy_is_given() -> None:
 
 
 def test_how_to_read_means_nothing_where_nothing_is_read() -> None:
-    table = {"name": "rlvr", "memory_readers": "first", "memory_writes": "all", "memory_tokens": 9}
+    table = {"name": "erl", "memory_readers": "first", "memory_writes": "all", "memory_tokens": 9, "memory_entries": 0}
     told = idle_notices(RunSettings.model_validate({"environment": "e", "algorithm": table}))
     assert told == [
         "algorithm.memory_tokens: it has no effect with algorithm.memory_entries = 0",

@@ -9,21 +9,26 @@ from typing import Any
 import pytest
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature
 from mulligan.trainer.preflight import check_algorithm, idle_notices
 from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeEnvironment, FakePolicy
 
 
-async def checked(needs: set[str], *, rewrites: bool = False, speakers: Any = (), **environment: Any) -> None:
+async def checked(
+    needs: Any, *, rewrites: bool = False, speakers: Any = (), without: Any = (), **environment: Any
+) -> None:
     algorithm = SimpleNamespace(NEEDS=needs)  # the object of an entry point may have no name
     policy = FakePolicy(lambda system, last, sampling: "", rewrites_history=rewrites)
     info = replace(await FakeEnvironment({}).describe("fake"), **({"can_fork": True} | environment))
-    check_algorithm("acme.mine", algorithm, info, replace(await policy.info(), name="served"), speakers)
+    served = replace(await policy.info(), name="served", features=frozenset(Feature) - {*without})
+    check_algorithm("acme.mine", algorithm, info, served, speakers)
 
 
 async def test_a_run_that_has_what_its_algorithm_needs() -> None:
-    await checked({"fork", "tokenize", "own_reflections"}, speakers=("judge",))
-    await checked(set(), rewrites=True, can_fork=False, speakers=("reflector",))
+    await checked({"fork", "tokenize", "own_reflections", "token_ids", "score"}, speakers=("judge",))
+    await checked(["fork"], without=(Feature.TOKEN_IDS, Feature.SCORE))
+    await checked(set(), rewrites=True, can_fork=False, speakers=("reflector",), without=Feature)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +38,18 @@ async def test_a_run_that_has_what_its_algorithm_needs() -> None:
         ("fork", {"deterministic": False}, "'acme.mine' forks episodes, and environment 'fake' is not deterministic"),
         ("tokenize", {"rewrites": True}, "the chat template of policy 'served' rewrites earlier turns"),
         ("own_reflections", {"speakers": ("reflector",)}, "another one writes them (policies.reflector)"),
+        (
+            "tokenize",
+            {"without": [Feature.TOKEN_IDS]},
+            "one token sequence, and policy 'served' (fake) reports no token",
+        ),
+        ("score", {"without": [Feature.SCORE]}, "'acme.mine' needs score, and policy 'served' (fake) has none"),
+        (
+            "token_ids",
+            {"without": [Feature.TOKEN_IDS]},
+            "'acme.mine' needs token_ids, and policy 'served' (fake) has none",
+        ),
+        ("scroe", {}, "'acme.mine' declares an unknown need 'scroe'; did you mean 'score'?"),
         ("frok", {}, "'acme.mine' declares an unknown need 'frok'; did you mean 'fork'?"),
     ],
 )
@@ -41,6 +58,19 @@ async def test_a_run_without_it_is_refused(need: str, lacking: dict[str, Any], w
         await checked({need}, **lacking)
     assert caught.value.reason is Reason.INVALID_SETTING and caught.value.metadata["field"] == "algorithm.name"
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        ("fork", "'mine' has NEEDS = 'fork'; expected {'fork'}, a set"),
+        (3, "'mine' has NEEDS = 3; expected a set of texts"),
+    ],
+)
+async def test_needs_that_are_no_set_are_told(needs: Any, words: str) -> None:
+    with pytest.raises(DomainError, match=words) as caught:
+        await checked(needs)
+    assert caught.value.metadata["field"] == "algorithm.name"
 
 
 @pytest.mark.parametrize(

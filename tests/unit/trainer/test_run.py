@@ -153,9 +153,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
 REPLACING = {"replace_rounds": 2}
 # Runs whose tasks depend on what was earned before: of one environment, and of several.
 CHOOSY: list[dict[str, Any]] = [
-    {"sampler": {"name": "weakest"}, "rollout": REPLACING},
+    {"sampler": {"name": "weakest"}, "rollout": REPLACING, "algorithm": {"name": "rlvr"}},
     {"sampler": {"name": "adarft", "rest": 0.0}},
-    {"sampler": {"name": "mixture", "shares": {"fake": 0.6, "quiz": 0.4}}, "rollout": REPLACING},
+    {"sampler": {"name": "mixture", "shares": {"fake": 0.6, "quiz": 0.4}}, "rollout": REPLACING, "seed": 2},
 ]
 
 

@@ -35,7 +35,7 @@ class MadeWriter(ModuleType):
         self.__spec__ = ModuleSpec(NAME, None)
         self.steps: list[int] = []
         self.runs: list[TrackedRun] = []
-        self.broken: Exception | None = None
+        self.broken: BaseException | None = None
         self.free = threading.Event()
         self.free.set()
         self.closed = 0
@@ -85,11 +85,19 @@ async def test_a_resumed_run_writes_each_step_once(tmp_path: Path, writer: MadeW
     }
 
 
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (OSError("no network"), "OSError: no network"),
+        (SystemExit("no network"), "SystemExit: no network"),
+        (asyncio.CancelledError("timed out"), "CancelledError: timed out"),
+    ],
+)
 async def test_a_failing_writer_is_told_of_once_and_gets_the_steps_later(
-    tmp_path: Path, writer: MadeWriter, notices: list[str]
+    tmp_path: Path, writer: MadeWriter, notices: list[str], broken: BaseException, said: str
 ) -> None:
     log = EventLog(tmp_path / "events.jsonl")
-    writer.broken = OSError("no network")
+    writer.broken = broken
     async with opened(tmp_path, log, notices):
         for step in range(3):
             log.add(StepEvent(step, {}))
@@ -99,7 +107,7 @@ async def test_a_failing_writer_is_told_of_once_and_gets_the_steps_later(
         log.add(StepEvent(3, {}))
     assert writer.steps == [0, 1, 2, 3]
     (text,) = notices
-    assert text == f"metrics do not reach {NAME}: OSError: no network. The run goes on, and tries again"
+    assert text == f"metrics do not reach {NAME}: {said}. The run goes on, and tries again"
 
 
 async def test_a_hanging_writer_keeps_nothing_waiting(

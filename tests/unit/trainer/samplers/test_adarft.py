@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mulligan.common.types import Split, TaskInfo
-from mulligan.trainer.samplers import History, SamplerSettings, Task, adarft, uniform
+from mulligan.trainer.samplers import Choice, History, SamplerSettings, Task, UnfitSetting, adarft, uniform
 from mulligan.trainer.samplers.adarft import Settings, target_difficulty
 from tests.support.sampling import play, request, sampled
 
@@ -133,3 +133,16 @@ def test_on_mostly_hard_tasks_it_reaches_a_success_in_less_than_half_of_the_roll
     late = [reward for success, reward in found if 0.3 <= success <= 0.6]
     assert len(late) > 20 and abs(fmean(late) - 0.5) < 0.1, "it plays what it solves half of the time"
     assert all(success < 0.5 for success, _ in learns(uniform, uniform.Settings(), seed, 2 * needed))
+
+
+@pytest.mark.parametrize("start", [-1.0, 0.5, 5.5, 1e9])
+def test_a_start_beyond_the_difficulties_is_refused(start: float) -> None:
+    listed = of_difficulties(1, 5, 3)
+    with pytest.raises(UnfitSetting, match=r"sampler\.start: expected 1 to 5, as the tasks are difficult") as caught:
+        adarft.choose(request(listed), History(), Settings(start=start))
+    assert caught.value.field == "sampler.start"
+    history = History()
+    history.add(sampled(Choice([Task("lake", "t0")] * 4), 0, lambda task: (1.0,)))
+    assert adarft.choose(request(listed, 1), history, Settings(start=start)).tasks, "a run that began so goes on"
+    for fitting in (1.0, 5.0):
+        assert target_difficulty(request(listed), History(), Settings(start=fitting)) == fitting

@@ -31,6 +31,8 @@ REQUIRED: dict[str, dict[str, Any]] = {"mixture": {"shares": {"lake": 1.0}}}
 LAST_FIRST = '''
 """The last task of the list over and over, with the mean reward so far as the number of turns."""
 
+from asyncio import CancelledError
+
 from mulligan.trainer import Choice, SamplerSettings, Task, UnfitSetting
 
 
@@ -47,6 +49,10 @@ class Settings(SamplerSettings):
 def choose(request, history, settings):
     if settings.fault == "raise" and request.step == 1:
         raise KeyError("nothing here")
+    if settings.fault == "cancel":
+        raise CancelledError
+    if settings.fault == "exit":
+        raise SystemExit(3)
     if settings.fault == "unfit":
         raise UnfitSetting("fault", "it is one")
     task = Task(request.environment, request.tasks[request.environment][-1].task_id)
@@ -184,6 +190,8 @@ async def test_a_sampler_from_outside_the_tree(outside: str, tmp_path: Path) -> 
         ("few", "chose 1 tasks, and the step needs 2"),
         ("raise", "sampler 'acme.last_first' raised\nTraceback"),
         ("raise", "KeyError: 'nothing here'"),
+        ("cancel", "asyncio.exceptions.CancelledError"),
+        ("exit", "SystemExit: 3"),
     ],
 )
 async def test_a_faulty_sampler_fails_its_run_and_says_what_it_did(
