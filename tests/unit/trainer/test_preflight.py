@@ -63,8 +63,8 @@ async def test_a_run_without_it_is_refused(need: str, lacking: dict[str, Any], w
 @pytest.mark.parametrize(
     ("needs", "words"),
     [
-        ("fork", "'mine' has NEEDS = 'fork'; expected {'fork'}, a set"),
-        (3, "'mine' has NEEDS = 3; expected a set of texts"),
+        ("fork", "'acme.mine' has NEEDS = 'fork'; expected {'fork'}, a set"),
+        (3, "'acme.mine' has NEEDS = 3; expected a set of texts"),
     ],
 )
 async def test_needs_that_are_no_set_are_told(needs: Any, words: str) -> None:
