@@ -47,7 +47,7 @@ from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy, ServedPolicy
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
 from mulligan.trainer.tracking import Tracking
-from mulligan.trainer.trainable import drop_notices, prompt_notices
+from mulligan.trainer.trainable import drop_notices, prompt_notices, skip_notices
 
 log = structlog.get_logger()
 LEARNER_LOSSES = 3  # lost learners in a row, without a step between them, before the run fails
@@ -386,7 +386,7 @@ class Run:
             self.activity.begin("learning", lambda: (runner.minibatches_learned, minibatches))
             with span("learn"):
                 metrics |= await runner.learn(self.step, step.kept)
-            self._notice_once(drop_notices(metrics))
+            self._notice_once([*drop_notices(metrics), *skip_notices(metrics)])
         learned = _clock()
         with span("publish"):
             await self._publish(policy)
@@ -458,9 +458,10 @@ class Run:
 
     def summary(self) -> dict[str, object]:
         """The content of summary.json. `rollouts` is the number of episodes and reflections, the budget for comparing
-        algorithms; `grad_clipped` is the share of optimizer steps with a gradient norm above `max_grad_norm`. Test
-        success is that in the run's own environment; `further_evaluations` has the others'. A measurement that is lost
-        from events.jsonl is None, and sums are without it."""
+        algorithms; `grad_clipped` is the share of optimizer steps with a gradient norm above `max_grad_norm`;
+        `not_finite` is the number of those that were skipped for a gradient or loss that is not finite. Test success is
+        that in the run's own environment; `further_evaluations` has the others'. A measurement that is lost from
+        events.jsonl is None, and sums are without it."""
         evaluations = self.events.evaluations()
         steps = self.events.steps()
         others = [name for name in self.settings.environments if name != self.settings.environment]
@@ -473,6 +474,7 @@ class Run:
             "rollouts": int(sum(event.metrics["rollouts"] for event in steps.values())),
             "sampled_tokens": int(sum(event.metrics["sampled_tokens"] for event in steps.values())),
             "excluded": int(sum(event.metrics["excluded"] for event in steps.values())),
+            "not_finite": int(sum(event.metrics.get("not_finite", 0.0) for event in steps.values())),
             "grad_clipped": fmean([event.metrics.get("grad_clipped", 0.0) for event in steps.values()] or [0.0]),
             "evaluations": self._curve(),
             "settings": self.settings.model_dump(mode="json"),

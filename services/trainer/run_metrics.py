@@ -37,6 +37,9 @@ _COUNTS = {  # by their names among the metrics of a step
         f"{PREFIX}_excluded", "Rollouts without an outcome, for a failure of the infrastructure.", registry=REGISTRY
     ),
     "dropped": Counter(f"{PREFIX}_dropped", "Samples that could not be trained on.", registry=REGISTRY),
+    "not_finite": Counter(
+        f"{PREFIX}_not_finite", "Optimizer steps skipped as gradient or loss were not finite.", registry=REGISTRY
+    ),
 }
 _RUNS_ENDED = Counter(f"{PREFIX}_runs_ended", "Runs that ended, by state.", ["state"], registry=REGISTRY)
 for _state in ("completed", "stopped", "failed"):

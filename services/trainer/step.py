@@ -182,7 +182,8 @@ class StepRunner:
         return ""
 
     async def learn(self, step: int, experiences: Sequence[Experience]) -> dict[str, float]:
-        """One loss over all branches, in `optimizer_steps` optimizer steps."""
+        """One loss over all branches, in `optimizer_steps` optimizer steps. Returns the means of the learner's metrics
+        over these, but the number of those that were `not_finite`."""
         assert self.learner is not None, "a run without a learner learns by its memory alone"
         data, left_out = self.training_data(experiences)
         with self._blame():
@@ -200,7 +201,8 @@ class StepRunner:
             losses = await self.learner.forward_backward(minibatch, self.settings.loss)
             metrics.append(losses | await self.learner.optim_step())
             self.minibatches_learned += 1
-        return mean_metrics(metrics) | left_out
+        not_finite = sum(one.get("not_finite", 0.0) for one in metrics)
+        return mean_metrics(metrics) | {"not_finite": not_finite} | left_out
 
     async def memorise(
         self, experiences: Sequence[Experience], replaced: Sequence[Experience] = (), *, rewrites: bool = True

@@ -180,8 +180,8 @@ class Learner:
 
         Metrics: `grad_norm` before clipping; `grad_clipped`, 1 if that was above `max_grad_norm`; `learning_rate`;
         `skipped`, 1 if the gradient is absent, or it or the loss is not finite, which changes neither weights nor
-        optimizer. Raises DomainError NOT_FINITE when `max_skipped_steps` steps in a row were not finite, and this one
-        is not, either; it changes nothing.
+        optimizer; `not_finite`, 1 if it was skipped for the latter. Raises DomainError NOT_FINITE when
+        `max_skipped_steps` steps in a row were not finite, and this one is not, either; it changes nothing.
         """
         settings = self.spec.optimizer
         warm = min(1.0, (self.optimizer_steps + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
@@ -205,6 +205,7 @@ class Learner:
             "grad_clipped": float(clipped),
             "learning_rate": rate,
             "skipped": float(skipped),
+            "not_finite": float(bool(gradients) and not finite),
         }
 
     def _is_finite(self, norm: float) -> bool:

@@ -1179,7 +1179,8 @@ class OptimStepResponse(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """grad_norm: before clipping. grad_clipped: 1 when grad_norm was above max_grad_norm. learning_rate. skipped: 1 when
-        the step was left out, because the gradient was not finite or nothing had been accumulated.
+        the step was left out, because gradient or loss were not finite or nothing had been accumulated. not_finite: 1 when
+        it was left out for the former; servers of earlier releases do not tell.
         """
 
     def __init__(

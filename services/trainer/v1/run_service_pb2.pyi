@@ -376,7 +376,8 @@ class StepCompleted(_message.Message):
         RunConfig.environment. Those of another one have its name before them, such as unanswerable/success_first; so has
         its count of rollouts.
 
-        And the learner's metrics, averaged over optimizer steps.
+        And the learner's metrics, averaged over optimizer steps. not_finite is the number of optimizer steps that were left
+        out because gradient or loss were not finite. Such a gradient norm or loss is infinite or NaN here.
         """
 
     def __init__(

@@ -212,7 +212,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny: Path, tmp_path: Path
     before = learner.forward([sampled()])
     learner.forward_backward([sampled(weight=1e300)], PLAIN)
     metrics = learner.optim_step()
-    assert metrics["skipped"] == 1 and not math.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == metrics["not_finite"] == 1 and not math.isfinite(metrics["grad_norm"])
+    assert learner.optim_step() | {"grad_norm": 0} == metrics | {"grad_norm": 0, "not_finite": 0}, "nothing accumulated"
     assert learner.forward([sampled()]) == before and learner.optimizer_steps == 0
     learner.forward_backward([sampled()], PLAIN)
     assert learner.optim_step()["skipped"] == 0  # nothing of the bad gradient is left
@@ -247,7 +248,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(tiny: Path, tmp_path: Path, mo
     learner.forward_backward([sampled()], PLAIN)
     monkeypatch.undo()
     metrics = learner.optim_step()
-    assert metrics["skipped"] == 1 and math.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == metrics["not_finite"] == 1 and math.isfinite(metrics["grad_norm"])
     assert learner.forward([sampled()]) == before
     learner.forward_backward([sampled()], PLAIN)
     assert learner.optim_step()["skipped"] == 0
