@@ -41,6 +41,7 @@ class _RunDisplay:
         self._step = 0
         self._evaluated = False
         self._activity = run.activity
+        self._paused = run.paused
         terminal = console()
         self._is_terminal = terminal.is_terminal
         columns: list[ProgressColumn] = [
@@ -86,9 +87,10 @@ class _RunDisplay:
         self._evaluated = True
         self.line(evaluation_text(event))
 
-    def does(self, activity: Activity) -> None:
-        """The run does this now."""
+    def does(self, activity: Activity, paused: str) -> None:
+        """The run does this now, or waits for something."""
         self._activity = activity
+        self._paused = paused
         self._bar.update(
             self._now, description=safe(self._what()), completed=activity.done, total=activity.total or None
         )
@@ -100,17 +102,17 @@ class _RunDisplay:
 
     def _line(self) -> str:
         """How many steps are done, and what the run does now."""
-        if not self._activity.doing:
+        if not self._activity.doing and not self._paused:
             return self._what()
         left = f", left {self._left()}" if self._seconds and self._step < self._total else ""
         return f"{self._step}/{self._total} steps done{left}; {self._what()}"
 
     def _what(self) -> str:
         """What the run does now, how much of it is done, and how long the rest may take."""
-        now = self._activity
-        if now.doing:
-            left = f" {now.done}/{now.total}, left {time_left(now.seconds, now.done, now.total)}" if now.total else ""
-            return f"now {now.doing}{left}"
+        if self._paused:
+            return f"paused: {self._paused}"
+        if does := activity_text(self._activity):
+            return f"now {does}"
         if self._step == 0 and not self._evaluated:
             first = "creating the learner, then evaluating" if self._trains else "evaluating"
             return f"{first} the policy before training"
@@ -158,7 +160,8 @@ async def _follow(display: _RunDisplay, ask: Callable[[], Awaitable[RunInfo]], e
     """Asks what the run does, again and again. A trainer that does not answer is the events' matter."""
     while True:
         with suppress(DomainError, CallFailed, ServiceUnavailable):
-            display.does((await ask()).activity)
+            now = await ask()
+            display.does(now.activity, now.paused)
         await asyncio.sleep(every)
 
 
@@ -208,6 +211,13 @@ class EvaluationDisplay(LiveLine):
         so_far = "" if success is None else f"  success so far {success:.2f}"
         left = time_left(time.monotonic() - self._began, ended, total)
         self.say(f"{protocol and f'{protocol}: '}{ended}/{total} attempts{so_far}  left {left}")
+
+
+def activity_text(now: Activity) -> str:
+    """What a run does, how much of it is done, and how long the rest may take; "" if it does nothing."""
+    if not now.doing or not now.total:
+        return now.doing
+    return f"{now.doing} {now.done}/{now.total}, left {time_left(now.seconds, now.done, now.total)}"
 
 
 def time_left(seconds: float, done: int, total: int) -> str:

@@ -43,6 +43,11 @@ class MemoryClient:
         found._connection = self._connection.with_run_credential(credential)
         return found
 
+    @property
+    def waiting_for(self) -> str:
+        """What calls wait for now; "" if none does."""
+        return self._connection.waiting_for
+
     async def snapshot(self, scope: str) -> int:
         """The scope's version; 0 while it has no writes."""
         response = await self._call(self._stub.GetSnapshot, pb.GetSnapshotRequest(scope=scope))

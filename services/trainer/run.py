@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,8 @@ class ServicePorts:
     """The four ports of a run. `open_learner` takes (run id, settings) and creates a learner that the run owns; a run
     with `learner = "none"` never calls it.
     `memory_of` takes (run id, scope) and gives the memory with the run's credential; without it, that is `memory`.
-    `upload` brings weights to a policy service that does not see the trainer's files; None if it sees them."""
+    `upload` brings weights to a policy service that does not see the trainer's files; None if it sees them.
+    `waiting` says for which of them calls wait now, and why."""
 
     environment: EnvironmentPort
     policy: PolicyPort
@@ -71,6 +72,7 @@ class ServicePorts:
     open_learner: Callable[[str, RunSettings], Awaitable[LearnerPort]]
     upload: Upload | None = None
     memory_of: Callable[[str, str], MemoryPort] | None = None
+    waiting: Callable[[], Sequence[str]] = tuple
 
     async def actor(
         self, settings: RunSettings, learner: LearnerPort | None, notice: Callable[[str], None]
@@ -126,8 +128,8 @@ class Run:
     steps (`Evaluations`). Where the learner is lost or a disk is full, `train` begins again at the last checkpoint; the
     journal has what was sampled since.
 
-    `paused` says what the run waits for; "" while it trains. With `accept_environment`, the run goes on although the
-    environment has changed.
+    `paused` says what the run waits for, a disk or services; "" while it trains. With `accept_environment`, the run
+    goes on although the environment has changed.
     """
 
     def __init__(self, run_id: str, folder: RunFolder, services: ServicePorts, events: EventLog | None = None):
@@ -137,7 +139,7 @@ class Run:
         self.settings = folder.settings()
         self.services = services
         self.events = events or EventLog(folder.events_file)  # kept over stop and resume, for those who watch
-        self.paused = ""
+        self._lacks_room = ""
         self.activity = CurrentActivity()
         self.accept_environment = False
         self.environments = RunEnvironments(self.settings, folder, services.environment)
@@ -165,6 +167,10 @@ class Run:
 
     def _tell_once(self, text: str) -> None:
         self._notice_once([text])
+
+    @property
+    def paused(self) -> str:
+        return self._lacks_room or ("; ".join(self.services.waiting()) if self.activity.now().doing else "")
 
     @property
     def train_seconds(self) -> float:
@@ -214,12 +220,12 @@ class Run:
                 self.notice(f"the learner was lost ({error}); going on from the last checkpoint")
 
     async def _wait_for_room(self, full: DomainError) -> None:
-        self.paused = full.message
+        self._lacks_room = full.message
         self.notice(f"paused: {full.message}. The run goes on by itself when there is room")
         try:
             await self._pause.wait(full, self._stop)
         finally:
-            self.paused = ""
+            self._lacks_room = ""
         if not self._stop.is_set():
             self.notice("there may be room again: going on from the last checkpoint")
 

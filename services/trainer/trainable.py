@@ -141,7 +141,7 @@ def skip_notices(metrics: Mapping[str, float]) -> list[str]:
         return []
     return [
         "an optimizer step was skipped, counted as not_finite: its gradient or loss is not a finite number, so it "
-        "changed no weights. After optimizer.max_skipped_steps of them in a row the run fails. A lower learning rate may help"
+        "is left out. After optimizer.max_skipped_steps of them in a row the run fails. A lower learning rate may help"
     ]
 
 

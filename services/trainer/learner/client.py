@@ -64,22 +64,32 @@ class LearnerClient:
         """Returns when the learner is ready. Raises DomainError LEARNER_OWNED, LEARNER_CONFLICT, CAPACITY_REACHED,
         MODEL_NOT_FOUND, UNSUPPORTED_MODEL or INVALID_FIELD."""
         client = cls(endpoint, learner_id, owner, on_outage)
+        await client.open(spec)
+        return client
+
+    async def open(self, spec: LearnerSpec) -> None:
+        """As `create`, for a client that has no learner yet. After an error the client is closed."""
+        learner_id, owner = self._ids["learner_id"], self._ids["owner"]
         request = pb.CreateLearnerRequest(learner_id=learner_id, owner=owner, lease=duration(LEASE_SECONDS))
         spec_to_proto(spec, request)
         try:
-            response = await client._connection.call(client._stub.CreateLearner, request, timeout=CALL_SECONDS)
-            client.limits = client._connection.read(_limits, response)
+            response = await self._connection.call(self._stub.CreateLearner, request, timeout=CALL_SECONDS)
+            self.limits = self._connection.read(_limits, response)
         except asyncio.CancelledError:  # it may have been made all the same, and would take a place during its lease
-            await to_its_end(client.close())
+            await to_its_end(self.close())
             raise
         except BaseException:
-            await client._connection.close()
+            await self._connection.close()
             raise
-        client._next_call = response.next_sequence
-        client.fingerprint = response.fingerprint
-        client._renewal = asyncio.create_task(client._renew())
-        client.adapted_layers = tuple(response.lora_target_modules)
-        return client
+        self._next_call = response.next_sequence
+        self.fingerprint = response.fingerprint
+        self._renewal = asyncio.create_task(self._renew())
+        self.adapted_layers = tuple(response.lora_target_modules)
+
+    @property
+    def waiting_for(self) -> str:
+        """What calls wait for now; "" if none does."""
+        return self._connection.waiting_for
 
     async def _renew(self) -> None:
         request = pb.GetLearnerRequest(learner_id=self._ids["learner_id"])

@@ -76,7 +76,9 @@ class Run(_message.Message):
     folder: _builtins.str
     """The folder of the run on the trainer's machine."""
     paused: _builtins.str
-    """What a RUNNING run waits for, such as room on a disk; it goes on by itself. Empty while it trains."""
+    """What a RUNNING run waits for, such as room on a disk, or a service that is away or full; it goes on by itself. Empty
+    while it trains. Where it waits for a service, `activity` says what for; other parts of it may go on meanwhile.
+    """
     @_builtins.property
     def config(self) -> _run_config_pb2.RunConfig:
         """As used, defaults filled in. Of a run whose settings are damaged only `environment`, as "(unknown)"."""

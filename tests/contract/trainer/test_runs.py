@@ -14,7 +14,7 @@ from mulligan.common.status import from_rpc_error
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.client import RunClient
-from mulligan.trainer.events import StateEvent
+from mulligan.trainer.events import NoticeEvent, StateEvent
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.settings import PoliciesSettings, TrainedModelSettings
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
@@ -264,3 +264,26 @@ async def test_a_running_run_says_what_it_does(client: RunClient) -> None:
 
 async def _has_ended(client: RunClient, run_id: str) -> bool:
     return (await client.get(run_id)).state is not RunState.RUNNING
+
+
+async def test_a_run_that_waits_for_a_service_says_so(loop: Loop, client: RunClient) -> None:
+    """Each service that it uses; and when it is back."""
+    await client.start("waits", small_run(steps=1000, checkpoint_every=1))
+    for service in (loop.env, loop.policy, loop.memory):
+        service.kill()
+
+        async def waits(address: str = service.address) -> bool:
+            return f"waiting for {address}: " in (await client.get("waits")).paused
+
+        async def goes_on() -> bool:
+            return (await client.get("waits")).paused == ""
+
+        await until_async(waits, 60)
+        assert (await client.get("waits")).activity.doing, "what it waits with"
+        service.restart()
+        await until_async(goes_on, 60)
+    await client.stop("waits")
+    texts = [entry.event.text async for entry in client.watch("waits") if isinstance(entry.event, NoticeEvent)]
+    for service in (loop.env, loop.policy, loop.memory):
+        assert any(text.startswith(f"{service.address} answers again, after ") for text in texts), texts
+    assert (await client.get("waits")).paused == ""
