@@ -40,8 +40,7 @@ class _RunDisplay:
         self._metrics: set[str] = set()  # names so far: a step may have no second attempts
         self._step = 0
         self._evaluated = False
-        self._activity = run.activity
-        self._paused = run.paused
+        self._run = run
         terminal = console()
         self._is_terminal = terminal.is_terminal
         columns: list[ProgressColumn] = [
@@ -87,10 +86,10 @@ class _RunDisplay:
         self._evaluated = True
         self.line(evaluation_text(event))
 
-    def does(self, activity: Activity, paused: str) -> None:
-        """The run does this now, or waits for something."""
-        self._activity = activity
-        self._paused = paused
+    def does(self, run: RunInfo) -> None:
+        """What the run does now, or waits for."""
+        self._run = run
+        activity = run.activity
         self._bar.update(
             self._now, description=safe(self._what()), completed=activity.done, total=activity.total or None
         )
@@ -102,16 +101,16 @@ class _RunDisplay:
 
     def _line(self) -> str:
         """How many steps are done, and what the run does now."""
-        if not self._activity.doing and not self._paused:
+        if not activity_text(self._run) and not self._run.paused:
             return self._what()
         left = f", left {self._left()}" if self._seconds and self._step < self._total else ""
         return f"{self._step}/{self._total} steps done{left}; {self._what()}"
 
     def _what(self) -> str:
         """What the run does now, how much of it is done, and how long the rest may take."""
-        if self._paused:
-            return f"paused: {self._paused}"
-        if does := activity_text(self._activity):
+        if self._run.paused:
+            return f"paused: {self._run.paused}"
+        if does := activity_text(self._run):
             return f"now {does}"
         if self._step == 0 and not self._evaluated:
             first = "creating the learner, then evaluating" if self._trains else "evaluating"
@@ -160,8 +159,7 @@ async def _follow(display: _RunDisplay, ask: Callable[[], Awaitable[RunInfo]], e
     """Asks what the run does, again and again. A trainer that does not answer is the events' matter."""
     while True:
         with suppress(DomainError, CallFailed, ServiceUnavailable):
-            now = await ask()
-            display.does(now.activity, now.paused)
+            display.does(await ask())
         await asyncio.sleep(every)
 
 
@@ -213,11 +211,15 @@ class EvaluationDisplay(LiveLine):
         self.say(f"{protocol and f'{protocol}: '}{ended}/{total} attempts{so_far}  left {left}")
 
 
-def activity_text(now: Activity) -> str:
+def activity_text(run: RunInfo) -> str:
     """What a run does, how much of it is done, and how long the rest may take; "" if it does nothing."""
+    return "; beside it ".join(filter(None, map(_activity_text, (run.activity, run.beside))))
+
+
+def _activity_text(now: Activity) -> str:
     if not now.doing or not now.total:
         return now.doing
-    return f"{now.doing} {now.done}/{now.total}, left {time_left(now.seconds, now.done, now.total)}"
+    return f"{now.doing} {now.done:,}/{now.total:,}, left {time_left(now.seconds, now.done, now.total)}"
 
 
 def time_left(seconds: float, done: int, total: int) -> str:

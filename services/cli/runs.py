@@ -32,7 +32,7 @@ def _state(info: RunInfo) -> str:
     """With why it ended, or what it does and waits for."""
     if info.error:
         return f"{info.state}: {info.error}"
-    does = activity_text(info.activity)
+    does = activity_text(info)
     if info.paused:
         return f"paused: {info.paused}" + (f" ({does})" if does else "")
     return f"{info.state}: {does}" if does else str(info.state)

@@ -99,11 +99,28 @@ class MemoryClient:
         response = await self._call(self._stub.GetReflection, pb.GetReflectionRequest(reflection_id=reflection_id))
         return self._connection.read(lambda answer: wire.reflection_from_proto(answer.reflection), response)
 
-    async def list(self, scope: str = "", limit: int = 0, *, include_deleted: bool = False) -> list[StoredReflection]:
-        """The first `limit` reflections, oldest first. 0 means all; an empty scope means every scope."""
+    async def list(
+        self,
+        scope: str = "",
+        limit: int = 0,
+        *,
+        include_deleted: bool = False,
+        on_progress: Callable[[int], None] = lambda read: None,
+    ) -> list[StoredReflection]:
+        """The first `limit` reflections, oldest first. 0 means all; an empty scope means every scope. `on_progress`
+        gets how many were read so far."""
         request = pb.ListReflectionsRequest(scope=scope, page_size=_PAGE_SIZE, include_deleted=include_deleted)
+        read = 0
+
+        def of_page(page: pb.ListReflectionsResponse) -> list[StoredReflection]:
+            nonlocal read
+            found = _reflections(page)
+            read += len(found)
+            on_progress(read)
+            return found
+
         return await self._connection.list_items(
-            self._stub.ListReflections, request, _reflections, timeout=self._timeout, limit=limit
+            self._stub.ListReflections, request, of_page, timeout=self._timeout, limit=limit
         )
 
     async def revise(

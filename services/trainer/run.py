@@ -141,6 +141,7 @@ class Run:
         self.events = events or EventLog(folder.events_file)  # kept over stop and resume, for those who watch
         self._lacks_room = ""
         self.activity = CurrentActivity()
+        self.beside = CurrentActivity()  # what it does at the same time: an evaluation with a policy of its own
         self.accept_environment = False
         self.environments = RunEnvironments(self.settings, folder, services.environment)
         self._pause = Pause()
@@ -316,7 +317,7 @@ class Run:
             actor,
             evaluator,
             self.events,
-            self.activity,
+            self.activity if evaluator is None else self.beside,
             self._notice_once,
             partial(newest, services.memory, settings, self.run_id),
         )
@@ -388,14 +389,14 @@ class Run:
         self._notice_once(prompt_notices(first, later))
         metrics = runner.metrics(step.experiences) | step.metrics | pipeline.staleness(self.step, step.kept)
         if self.settings.trains:
-            minibatches = self.settings.algorithm.optimizer_steps
-            self.activity.begin("learning", lambda: (runner.minibatches_learned, minibatches))
+            self.activity.begin("learning")
             with span("learn"):
-                metrics |= await runner.learn(self.step, step.kept)
+                metrics |= await runner.learn(self.step, step.kept, self.activity.begin)
             self._notice_once([*drop_notices(metrics), *skip_notices(metrics)])
         learned = _clock()
         with span("publish"):
             await self._publish(policy)
+        self.activity.begin("writing to the memory")
         with span("memorise"):
             await runner.memorise(step.kept, step.replaced, rewrites=journal.completed is None)
         metrics |= {
@@ -422,6 +423,7 @@ class Run:
         self.step += 1
 
     async def _save(self, runner: StepRunner, step: int) -> None:
+        self.activity.begin("saving a checkpoint")
         name = f"{self.run_id}-{step:06}"
         if runner.learner is not None:
             await runner.learner.save_checkpoint(name)

@@ -65,6 +65,7 @@ class Run(_message.Message):
     FOLDER_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
     ACTIVITY_FIELD_NUMBER: _builtins.int
+    BESIDE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     error: _builtins.str
@@ -89,6 +90,10 @@ class Run(_message.Message):
     def activity(self) -> Global___RunActivity:
         """What a RUNNING run does now; unset if it does nothing."""
 
+    @_builtins.property
+    def beside(self) -> Global___RunActivity:
+        """What it does at the same time: an evaluation, where training does not wait for it. Unset if there is nothing."""
+
     def __init__(
         self,
         *,
@@ -102,10 +107,11 @@ class Run(_message.Message):
         folder: _builtins.str = ...,
         paused: _builtins.str = ...,
         activity: Global___RunActivity | None = ...,
+        beside: Global___RunActivity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "config", b"config", "created_at", b"created_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "beside", b"beside", "config", b"config", "created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "config", b"config", "created_at", b"created_at", "error", b"error", "folder", b"folder", "paused", b"paused", "run_id", b"run_id", "state", b"state", "step", b"step", "train_seconds", b"train_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "beside", b"beside", "config", b"config", "created_at", b"created_at", "error", b"error", "folder", b"folder", "paused", b"paused", "run_id", b"run_id", "state", b"state", "step", b"step", "train_seconds", b"train_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -122,7 +128,7 @@ class RunActivity(_message.Message):
     doing: _builtins.str
     """In words for people, such as "sampling"."""
     done: _builtins.int
-    """Parts of it that are done: chains, optimizer steps, attempts."""
+    """Parts of it that are done: chains, tokens, attempts; or seconds, of those that it took the last time."""
     total: _builtins.int
     """Parts that there are; 0 if it has none."""
     seconds: _builtins.float

@@ -41,6 +41,11 @@ def shown(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     [
         ({}, "running", "0:01:30"),
         ({"activity": SAMPLING}, "running: sampling chains 3/24, left 0:03:30", "0:01:30"),
+        (
+            {"activity": Activity("learning tokens", 1500, 6000, 20.0), "beside": Activity("evaluating", 1, 2, 5.0)},
+            "running: learning tokens 1,500/6,000, left 0:01:00; beside it evaluating 1/2, left 0:00:05",
+            "0:01:30",
+        ),
         ({"activity": Activity("learning")}, "running: learning", "0:01:30"),
         (
             {"activity": SAMPLING, "paused": "waiting for 10.0.0.7:50051: gone"},
