@@ -19,6 +19,7 @@ from mulligan.common.inference import PolicyInfo
 from mulligan.common.tasks import PrioritySlots
 from mulligan.common.tracing import span
 from mulligan.trainer.activity import CurrentActivity
+from mulligan.trainer.checkpoints import CheckpointTimes
 from mulligan.trainer.evaluation import fit_protocols, open_writers
 from mulligan.trainer.evaluations import Evaluations
 from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
@@ -145,6 +146,7 @@ class Run:
         self.accept_environment = False
         self.environments = RunEnvironments(self.settings, folder, services.environment)
         self._pause = Pause()
+        self._checkpoints = CheckpointTimes(self.settings.checkpoint_every, self.settings.keep_checkpoints)
         self._stop = asyncio.Event()
         self._finished = False
         checkpoint = folder.checkpoint()
@@ -322,6 +324,7 @@ class Run:
             partial(newest, services.memory, settings, self.run_id),
         )
         await self._publish(actor)
+        self._checkpoints = CheckpointTimes(settings.checkpoint_every, settings.keep_checkpoints)
         if checkpoint is None:
             await self._save(runner, 0)
         async with evaluations, pipeline:
@@ -342,18 +345,15 @@ class Run:
         An evaluation that fails ends the run before the next step."""
         settings = self.settings
         begun_at = self.step
-        owes_checkpoint = False
         while self.step < settings.steps and not self._stop.is_set():
             if evaluations.is_due(self.step):
                 await evaluations.finish()
             is_measured = not evaluations.is_running  # raises what the evaluation raised
-            if owes_checkpoint and is_measured:
+            if self._checkpoints.is_due and is_measured:
                 await self._save(runner, self.step)
-                owes_checkpoint = False
             if evaluations.is_due(self.step):
                 await evaluations.begin(self.step)
             await self._step(actor, pipeline)
-            owes_checkpoint |= self.step % settings.checkpoint_every == 0
         await evaluations.finish()
         if self.step > begun_at:
             await self._save(runner, self.step)
@@ -421,15 +421,18 @@ class Run:
             step_ended(metrics)
             self.events.add(StepEvent(self.step, metrics))
         self.step += 1
+        self._checkpoints.stepped(self.step, _clock() - sampled)
 
     async def _save(self, runner: StepRunner, step: int) -> None:
         self.activity.begin("saving a checkpoint")
+        start = _clock()
         name = f"{self.run_id}-{step:06}"
         if runner.learner is not None:
             await runner.learner.save_checkpoint(name)
         memory_version = await self.services.memory.snapshot(runner.memory_scope)
         self.events.sync()  # first: a run that goes on from the checkpoint does not make earlier events again
         self.folder.write_checkpoint(Checkpoint(name, step, memory_version))
+        self._checkpoints.saved(_clock() - start)
 
     async def _players(
         self,
