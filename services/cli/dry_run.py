@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mulligan.cli.out import fail, show, table
 from mulligan.cli.overrides import read_overrides
+from mulligan.cli.progress import LiveLine
 from mulligan.common.errors import DomainError
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.suggest import problems
@@ -29,6 +30,7 @@ from mulligan.trainer.estimate.work import (
 from mulligan.trainer.settings import ALGORITHMS, RunSettings
 
 _COUNTS = (1, 2, 8)  # GPUs
+_QUIET_SECONDS = 5.0  # without a terminal
 _USABLE = 0.9  # of a GPU's memory: CUDA, NCCL and fragmentation take some
 _ROWS: Sequence[tuple[str, Callable[[Memory], float]]] = (
     ("weights", lambda one: one.weights),
@@ -70,12 +72,13 @@ def dry_run(settings: RunSettings, assumed: Assumptions) -> None:
     if not settings.trains:
         fail('--dry-run: expected a run that trains; with learner = "none" there is no learner to estimate', 2)
     try:
-        shape, source = shape_of(settings.model.source)
-        training = Training.of(settings, shape)
+        with LiveLine("reading what the model and the environment are", first=_QUIET_SECONDS):
+            shape, source = shape_of(settings.model.source)
+            training = Training.of(settings, shape)
+            turns = assumed.turns or _turns(settings.environment)
+            plays: Played | None = getattr(ALGORITHMS.find(settings.algorithm.name), "PLAYS", None)
     except (UnknownShape, UnsupportedModel, DomainError) as error:
         fail(error, 2)
-    turns = assumed.turns or _turns(settings.environment)
-    plays: Played | None = getattr(ALGORITHMS.find(settings.algorithm.name), "PLAYS", None)
     step = step_tokens(settings, plays or Played(1), turns=turns, prompt=assumed.prompt_tokens, context=shape.context)
     _say_what(settings, assumed, shape, training, source)
     _say_memory(shape, training, max(assumed.microbatch_tokens, step.longest))

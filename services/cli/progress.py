@@ -40,7 +40,7 @@ class _RunDisplay:
         self._metrics: set[str] = set()  # names so far: a step may have no second attempts
         self._step = 0
         self._evaluated = False
-        self._activity = run.activity
+        self._run = run
         terminal = console()
         self._is_terminal = terminal.is_terminal
         columns: list[ProgressColumn] = [
@@ -86,9 +86,10 @@ class _RunDisplay:
         self._evaluated = True
         self.line(evaluation_text(event))
 
-    def does(self, activity: Activity) -> None:
-        """The run does this now."""
-        self._activity = activity
+    def does(self, run: RunInfo) -> None:
+        """What the run does now, or waits for."""
+        self._run = run
+        activity = run.activity
         self._bar.update(
             self._now, description=safe(self._what()), completed=activity.done, total=activity.total or None
         )
@@ -100,17 +101,17 @@ class _RunDisplay:
 
     def _line(self) -> str:
         """How many steps are done, and what the run does now."""
-        if not self._activity.doing:
+        if not activity_text(self._run) and not self._run.paused:
             return self._what()
         left = f", left {self._left()}" if self._seconds and self._step < self._total else ""
         return f"{self._step}/{self._total} steps done{left}; {self._what()}"
 
     def _what(self) -> str:
         """What the run does now, how much of it is done, and how long the rest may take."""
-        now = self._activity
-        if now.doing:
-            left = f" {now.done}/{now.total}, left {time_left(now.seconds, now.done, now.total)}" if now.total else ""
-            return f"now {now.doing}{left}"
+        if self._run.paused:
+            return f"paused: {self._run.paused}"
+        if does := activity_text(self._run):
+            return f"now {does}"
         if self._step == 0 and not self._evaluated:
             first = "creating the learner, then evaluating" if self._trains else "evaluating"
             return f"{first} the policy before training"
@@ -158,7 +159,7 @@ async def _follow(display: _RunDisplay, ask: Callable[[], Awaitable[RunInfo]], e
     """Asks what the run does, again and again. A trainer that does not answer is the events' matter."""
     while True:
         with suppress(DomainError, CallFailed, ServiceUnavailable):
-            display.does((await ask()).activity)
+            display.does(await ask())
         await asyncio.sleep(every)
 
 
@@ -208,6 +209,17 @@ class EvaluationDisplay(LiveLine):
         so_far = "" if success is None else f"  success so far {success:.2f}"
         left = time_left(time.monotonic() - self._began, ended, total)
         self.say(f"{protocol and f'{protocol}: '}{ended}/{total} attempts{so_far}  left {left}")
+
+
+def activity_text(run: RunInfo) -> str:
+    """What a run does, how much of it is done, and how long the rest may take; "" if it does nothing."""
+    return "; beside it ".join(filter(None, map(_activity_text, (run.activity, run.beside))))
+
+
+def _activity_text(now: Activity) -> str:
+    if not now.doing or not now.total:
+        return now.doing
+    return f"{now.doing} {now.done:,}/{now.total:,}, left {time_left(now.seconds, now.done, now.total)}"
 
 
 def time_left(seconds: float, done: int, total: int) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
 from mulligan.cli.ids import whole_id
 from mulligan.cli.out import table
+from mulligan.cli.progress import activity_text, time_left
 from mulligan.trainer.client import RunClient, RunInfo
+from mulligan.trainer.folder import RunState
 
 
 def runs(trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) -> None:
@@ -16,16 +18,31 @@ def runs(trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) -> None:
     rows = []
     for info in run(_list(trainer)):
         settings = info.settings
-        state = f"{info.state}: {info.error}" if info.error else str(info.state)
-        now = info.activity
-        if now.doing:
-            state = f"{state}: {now.doing}" + (f" {now.done}/{now.total}" if now.total else "")
-        state = f"paused: {info.paused}" if info.paused else state
         step = f"{info.step}/{settings.steps}"
         trained = f"{info.train_seconds:.0f} s"
-        rows.append((info.run_id, state, step, settings.environment, settings.algorithm.name, trained, info.folder))
-    columns = ("run", "state", "step", "environment", "algorithm", "trained", "folder")
+        algorithm = settings.algorithm.name
+        rows.append(
+            (info.run_id, _state(info), step, settings.environment, algorithm, trained, _left(info), info.folder)
+        )
+    columns = ("run", "state", "step", "environment", "algorithm", "trained", "left", "folder")
     table(columns, rows, whole=("run", "step"))
+
+
+def _state(info: RunInfo) -> str:
+    """With why it ended, or what it does and waits for."""
+    if info.error:
+        return f"{info.state}: {info.error}"
+    does = activity_text(info)
+    if info.paused:
+        return f"paused: {info.paused}" + (f" ({does})" if does else "")
+    return f"{info.state}: {does}" if does else str(info.state)
+
+
+def _left(info: RunInfo) -> str:
+    """Of the steps of a run that goes on, as if each took the mean of those before."""
+    if info.state != RunState.RUNNING or not info.settings.steps:
+        return ""
+    return time_left(info.train_seconds, info.step, info.settings.steps)
 
 
 async def _list(trainer: str) -> list[RunInfo]:

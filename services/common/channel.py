@@ -34,6 +34,7 @@ from mulligan.common.status import from_rpc_error
 from mulligan.common.tls import ClientTls, PemFiles
 from mulligan.common.tokens import RUN_CREDENTIAL, TokenFile, bearer
 from mulligan.common.tracing import NO_SPAN, Origin, Span, client_span, is_on
+from mulligan.common.waits import Wait, Waits
 
 log = structlog.get_logger()
 R = TypeVar("R")
@@ -101,14 +102,15 @@ class Connection:
     `call` and `stream` send a request with the credential and a deadline. While the server is unreachable or asks for a
     later call, `Backoff` sleeps and the call is repeated. Every other failure is raised: as the DomainError that the
     status carries, or else as CallFailed. `read` converts an answer and raises CallFailed when it violates the
-    contract. Raises BadTokens for a bad token file, BadTls for bad certificates and UnprotectedToken.
+    contract. `on_outage` gets a text when calls begin to wait for the server, and one when it answers again;
+    `waiting_for` says whether they do. Raises BadTokens for a bad token file, BadTls for bad certificates and
+    UnprotectedToken.
     """
 
     def __init__(self, endpoint: Endpoint, on_outage: Callable[[str], None] | None = None):
         check_protection(endpoint)
         self.endpoint = endpoint
-        self._on_outage = on_outage
-        self._is_down = False
+        self._waits = Waits(endpoint.address, on_outage or _unheard)
         self._token_file = TokenFile(endpoint.token_file) if endpoint.token_file is not None else None
         options = [
             ("grpc.max_send_message_length", endpoint.max_message_bytes),
@@ -148,15 +150,15 @@ class Connection:
         cannot be parsed; ServiceUnavailable after `outage_seconds` without an answer.
         """
         backoff = Backoff(self.endpoint.address, self.endpoint.outage_seconds)
-        with self._span(request, origins) as span:
+        with self._span(request, origins) as span, self._waits.call() as wait:
             while True:
                 try:
                     response = await method(request, timeout=timeout, metadata=span.carried(self.metadata))
-                    self._is_down = False
+                    wait.answered()
                     return self._readable(response, _method(request))
                 except grpc.aio.AioRpcError as error:
                     cause, refusal = self._retryable(error, _method(request))
-                self._report(cause)
+                self._begin(wait, cause)
                 await backoff.wait(cause, refusal)
                 span.set(retries=backoff.waits)
 
@@ -216,12 +218,12 @@ class Connection:
 
         Before the first part it retries and raises as `call` does; after it, it raises DomainError or CallFailed.
         """
-        with self._span(request, origins) as span:
-            async with aclosing(self._parts(method, request, timeout, span)) as parts:
+        with self._span(request, origins) as span, self._waits.call() as wait:
+            async with aclosing(self._parts(method, request, timeout, span, wait)) as parts:
                 yield parts
 
     async def _parts(
-        self, method: Callable[..., AsyncIterable[R]], request: Any, timeout: float, span: Span
+        self, method: Callable[..., AsyncIterable[R]], request: Any, timeout: float, span: Span, wait: Wait
     ) -> AsyncGenerator[R, None]:
         backoff = Backoff(self.endpoint.address, self.endpoint.outage_seconds)
         while True:
@@ -230,7 +232,7 @@ class Connection:
             try:
                 async for response in call:
                     begun = True
-                    self._is_down = False
+                    wait.answered()
                     yield self._readable(response, _method(request))
                 return
             except grpc.aio.AioRpcError as error:
@@ -239,7 +241,7 @@ class Connection:
                 cause, refusal = self._retryable(error, _method(request))
             finally:
                 call.cancel()
-            self._report(cause)
+            self._begin(wait, cause)
             await backoff.wait(cause, refusal)
             span.set(retries=backoff.waits)
 
@@ -279,17 +281,22 @@ class Connection:
             details = f"the server does not have this call: it is of an earlier release, or another service ({details})"
         return found or CallFailed(self.endpoint.address, method, error.code().name, details)
 
-    def _report(self, cause: str) -> None:
-        """Logs and reports an outage once, however many calls wait for its end. A call without retries only raises."""
-        if self._is_down or not self.endpoint.outage_seconds:
-            return
-        self._is_down = True
-        log.warning("waiting for a service", endpoint=self.endpoint.address, cause=cause)
-        if self._on_outage is not None:
-            self._on_outage(f"waiting for {self.endpoint.address}: {cause}")
+    def _begin(self, wait: Wait, cause: str) -> None:
+        """A call without retries only raises."""
+        if self.endpoint.outage_seconds:
+            wait.begin(cause)
+
+    @property
+    def waiting_for(self) -> str:
+        """What calls wait for now; "" if none does."""
+        return self._waits.text
 
     async def close(self) -> None:
         await self.channel.close()
+
+
+def _unheard(text: str) -> None:
+    """Of a connection whose outages only the log tells of."""
 
 
 def is_for_later(error: DomainError) -> bool:

@@ -18,6 +18,7 @@ from mulligan.common.addresses import Addresses
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.tasks import Broadcast, cancel
 from mulligan.common.tracing import untraced
+from mulligan.common.waits import Waits
 
 log = structlog.get_logger()
 _NOT_ASKED = "not asked yet"
@@ -75,6 +76,7 @@ class Replicas(Generic[C]):
         self._connect = connect
         self._check = check
         self._notice = notice or (lambda text: None)
+        self.waits = Waits(addresses.text)  # for all of them; those for a single one are told as `problem`
         self._known: dict[str, ServerReplica[C]] = {}  # including those that left: an episode may still be there
         self._present: dict[str, ServerReplica[C]] = {}
         self._changed = Broadcast()
@@ -108,8 +110,10 @@ class Replicas(Generic[C]):
         value of `time.monotonic`."""
         left = since + self.outage_seconds - time.monotonic()
         try:
-            async with asyncio.timeout(max(left, 0.0)):
-                await self._changed.wait()
+            with self.waits.call() as wait:
+                wait.begin(self.problems)
+                async with asyncio.timeout(max(left, 0.0)):
+                    await self._changed.wait()
         except TimeoutError:
             raise ServiceUnavailable(self.text, time.monotonic() - since, self.problems) from None
 

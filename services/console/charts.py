@@ -23,7 +23,7 @@ _FIRST: tuple[tuple[str, str, float | None], ...] = (
     ("Success in training", r"(.+/)?success_[^/]+", 1.0),
     ("Reward in training", r"(.+/)?reward_[^/]+", None),
     ("Groups with signal", r"groups_with_signal", 1.0),
-    ("Left out and played again", r"excluded|restarts|dropped.*|skipped|excluded_.+", None),
+    ("Left out and played again", r"excluded|restarts|dropped.*|skipped|not_finite|excluded_.+", None),
     ("Tokens", r"sampled_tokens|sequence_tokens|computed_tokens", None),
     ("Tries", r"(.+/)?tries_[^/]+", None),
     ("Difference of engine and learner (KL)", r"(.+/)?mismatch_kl", None),

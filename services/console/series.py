@@ -6,6 +6,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 
 from mulligan.common.state_files import LineLog
 from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
@@ -33,12 +34,12 @@ class Series:
             self.values.insert(place, value)
             self.changed.insert(place, number)
 
-    def after(self, number: int) -> tuple[list[int], list[float]]:
-        """Steps and values of the points of later events than this one."""
-        if number <= 0:
-            return list(self.steps), list(self.values)
+    def after(self, number: int) -> tuple[list[int], list[float | None]]:
+        """Steps and values of the points of later events than this one, for JSON: None for a value that is not finite,
+        where a chart has a gap."""
         places = [place for place, one in enumerate(self.changed) if one > number]
-        return [self.steps[place] for place in places], [self.values[place] for place in places]
+        values = (self.values[place] for place in places)
+        return [self.steps[place] for place in places], [value if isfinite(value) else None for value in values]
 
     @property
     def last(self) -> float | None:

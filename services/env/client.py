@@ -63,6 +63,11 @@ class EnvClient:
         self._places = asyncio.Semaphore(_MAX_CALLS)
         self._steps = _StepQueue(self._connection, self._stub, timeout)
 
+    @property
+    def waiting_for(self) -> str:
+        """What calls wait for now; "" if none does."""
+        return self._connection.waiting_for
+
     async def list_environments(self) -> list[EnvironmentInfo]:
         request = pb.ListEnvironmentsRequest()
         response = await self._call(self._stub.ListEnvironments, request)

@@ -75,6 +75,11 @@ class EnvReplicas:
         self._shown: dict[str, tuple[str, str]] = {}  # per deterministic environment: a task and its first observation
         self._homes: LRUCache[str, ServerReplica[_EnvServer]] = LRUCache(_MOST_REMEMBERED)
 
+    @property
+    def waiting_for(self) -> str:
+        """What calls wait for now; "" if none does."""
+        return self._replicas.waits.text
+
     async def list_environments(self) -> list[EnvironmentInfo]:
         """All environments. Raises DomainError when the servers offer different ones."""
         found = await self._offers()
@@ -110,20 +115,23 @@ class EnvReplicas:
         server, and is ended there when that returns. A call that timed out is not repeated elsewhere."""
         backoff = Backoff(self._replicas.text, self._replicas.outage_seconds)
         unsure: list[ServerReplica[_EnvServer]] = []
-        while True:
-            for replica in await self._usable(time.monotonic(), episode_id):
-                try:
-                    episode = await replica.client.start(environment, task_id, episode_id)
-                except ServiceUnavailable as error:
-                    last = error
-                    if error.refusal is None:
-                        self._replicas.failed(replica, error.cause)
-                        unsure.append(replica)
-                else:
-                    self._remember(episode_id, replica)
-                    self._abandon(episode_id, [other for other in unsure if other is not replica])
-                    return episode
-            await backoff.wait(last.cause, last.refusal)
+        with self._replicas.waits.call() as wait:
+            while True:
+                for replica in await self._usable(time.monotonic(), episode_id):
+                    try:
+                        episode = await replica.client.start(environment, task_id, episode_id)
+                    except ServiceUnavailable as error:
+                        last = error
+                        if error.refusal is None:
+                            self._replicas.failed(replica, error.cause)
+                            unsure.append(replica)
+                    else:
+                        wait.answered()
+                        self._remember(episode_id, replica)
+                        self._abandon(episode_id, [other for other in unsure if other is not replica])
+                        return episode
+                wait.begin(last.cause)
+                await backoff.wait(last.cause, last.refusal)
 
     async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> RemoteEpisode:
         """Forks at the server of the episode. As `EnvClient.fork`."""

@@ -43,6 +43,11 @@ class MemoryClient:
         found._connection = self._connection.with_run_credential(credential)
         return found
 
+    @property
+    def waiting_for(self) -> str:
+        """What calls wait for now; "" if none does."""
+        return self._connection.waiting_for
+
     async def snapshot(self, scope: str) -> int:
         """The scope's version; 0 while it has no writes."""
         response = await self._call(self._stub.GetSnapshot, pb.GetSnapshotRequest(scope=scope))
@@ -94,11 +99,28 @@ class MemoryClient:
         response = await self._call(self._stub.GetReflection, pb.GetReflectionRequest(reflection_id=reflection_id))
         return self._connection.read(lambda answer: wire.reflection_from_proto(answer.reflection), response)
 
-    async def list(self, scope: str = "", limit: int = 0, *, include_deleted: bool = False) -> list[StoredReflection]:
-        """The first `limit` reflections, oldest first. 0 means all; an empty scope means every scope."""
+    async def list(
+        self,
+        scope: str = "",
+        limit: int = 0,
+        *,
+        include_deleted: bool = False,
+        on_progress: Callable[[int], None] = lambda read: None,
+    ) -> list[StoredReflection]:
+        """The first `limit` reflections, oldest first. 0 means all; an empty scope means every scope. `on_progress`
+        gets how many were read so far."""
         request = pb.ListReflectionsRequest(scope=scope, page_size=_PAGE_SIZE, include_deleted=include_deleted)
+        read = 0
+
+        def of_page(page: pb.ListReflectionsResponse) -> list[StoredReflection]:
+            nonlocal read
+            found = _reflections(page)
+            read += len(found)
+            on_progress(read)
+            return found
+
         return await self._connection.list_items(
-            self._stub.ListReflections, request, _reflections, timeout=self._timeout, limit=limit
+            self._stub.ListReflections, request, of_page, timeout=self._timeout, limit=limit
         )
 
     async def revise(

@@ -82,6 +82,11 @@ class PolicyClient:
         self._timeout = timeout
         self._update_timeout = update_timeout
 
+    @property
+    def waiting_for(self) -> str:
+        """What calls wait for now; "" if none does."""
+        return self._connection.waiting_for or self._admin.waiting_for
+
     async def info(self, policy: str = "") -> PolicyInfo:
         request = pb.GetPolicyRequest(policy=policy)
         response = await self._connection.call(self._stub.GetPolicy, request, timeout=self._timeout)

@@ -41,6 +41,7 @@ from mulligan.common.inference import (
     WeightsKind,
 )
 from mulligan.common.replicas import Replicas, ServerReplica
+from mulligan.common.waits import Wait
 from mulligan.policy.client import PolicyClient
 
 log = structlog.get_logger()
@@ -141,6 +142,11 @@ class PolicyReplicas:
         self._turns = itertools.count(1)
         self._publishing = asyncio.Lock()
 
+    @property
+    def waiting_for(self) -> str:
+        """What calls wait for now; "" if none does."""
+        return self._replicas.waits.text
+
     async def info(self, policy: str = "") -> PolicyInfo:
         """Of the version that servers are asked at; a greater one that somebody else gave to one of these counts.
 
@@ -220,6 +226,12 @@ class PolicyReplicas:
     async def _ask(self, options: CallOptions, call: Callable[[PolicyClient], Awaitable[R]]) -> R:
         await self._known(options.policy)
         backoff = Backoff(self._replicas.text, self._replicas.outage_seconds)
+        with self._replicas.waits.call() as wait:
+            return await self._ask_until_answered(options, call, backoff, wait)
+
+    async def _ask_until_answered(
+        self, options: CallOptions, call: Callable[[PolicyClient], Awaitable[R]], backoff: Backoff, wait: Wait
+    ) -> R:
         since: float | None = None
         full: dict[ServerReplica[KnownServer], ServiceUnavailable] = {}
         while True:
@@ -228,6 +240,7 @@ class PolicyReplicas:
             if replica is None and full:
                 _, last = full.popitem()
                 full.clear()
+                wait.begin(last.cause)
                 await backoff.wait(last.cause, last.refusal)
                 continue
             if replica is None:
@@ -237,7 +250,9 @@ class PolicyReplicas:
                 continue
             replica.in_flight += 1
             try:
-                return await call(replica.client.client)
+                answer = await call(replica.client.client)
+                wait.answered()
+                return answer
             except ServiceUnavailable as error:
                 if error.refusal is None:
                     self._replicas.failed(replica, error.cause)

@@ -7,11 +7,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from tempfile import TemporaryDirectory
+from typing import Protocol
+from weakref import WeakSet
 
 from mulligan.common.config import refuse
 from mulligan.common.files import keep_files_private
@@ -35,6 +38,11 @@ from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import ServicePorts
 from mulligan.trainer.run_metrics import RunGauges
 from mulligan.trainer.settings import RunSettings
+
+
+class _Client(Protocol):
+    @property
+    def waiting_for(self) -> str: ...
 
 
 def main() -> None:
@@ -62,6 +70,7 @@ async def _serve(settings: TrainerSettings, ranks: Ranks) -> None:
 async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: str) -> None:
     learner_servicer = learners.LearnerServicer(settings.learner, ranks, settings.guard)
     own_address = ""
+    opened: WeakSet[LearnerClient] = WeakSet()
 
     def notice(text: str) -> None:
         manager.notice(text)
@@ -70,7 +79,10 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
         spec = _spec(run_settings)
         endpoint = settings.endpoint("learner") if settings.learner_address else settings.own_endpoint(own_address)
         endpoint = replace(endpoint, run_credential=settings.run_credential(run_id))
-        return await LearnerClient.create(endpoint, run_id, run_id, spec, notice)
+        client = LearnerClient(endpoint, run_id, run_id, notice)
+        opened.add(client)
+        await client.open(spec)
+        return client
 
     env = env_replicas.connect(settings.endpoint("env"), lost_seconds=settings.lost_seconds, on_outage=notice)
     policy = policy_replicas.connect(settings.endpoint("policy"), on_outage=notice)
@@ -85,7 +97,8 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
         # With another trainer's learner, this one's folders may be those of that trainer: it writes nothing there.
         folders = ExitStack() if settings.learner_address else claim(settings.learner)
         upload = policy.upload_weights if settings.weights_transfer == "upload" else None
-        services = ServicePorts(env, policy, memory, open_learner, upload, memory_of)
+        waiting = partial(_waiting, (env, policy, memory), opened)
+        services = ServicePorts(env, policy, memory, open_learner, upload, memory_of, waiting)
         manager = RunManager(settings.runs_folder, services)
     except OSError as error:
         refuse(settings.service, str(error))
@@ -113,6 +126,10 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
             await client.close()
         await learner_servicer.close()
         folders.close()
+
+
+def _waiting(*clients: Iterable[_Client]) -> list[str]:
+    return [text for client in chain(*clients) if (text := client.waiting_for)]
 
 
 def _spec(settings: RunSettings) -> LearnerSpec:

@@ -50,6 +50,7 @@ class RunInfo:
     folder: str
     paused: str = ""
     activity: Activity = Activity()
+    beside: Activity = Activity()
 
 
 def _credential(answer: pb.StartRunResponse) -> str:
@@ -201,6 +202,10 @@ def _experiences(response: pb.ListExperiencesResponse) -> list[Experience]:
     return [experience_from_proto(experience) for experience in response.experiences]
 
 
+def _activity(message: pb.RunActivity) -> Activity:
+    return Activity(message.doing, message.done, message.total, message.seconds)
+
+
 def _info(run: pb.Run) -> RunInfo:
     return RunInfo(
         run_id=run.run_id,
@@ -212,5 +217,6 @@ def _info(run: pb.Run) -> RunInfo:
         train_seconds=run.train_seconds,
         folder=run.folder,
         paused=run.paused,
-        activity=Activity(run.activity.doing, run.activity.done, run.activity.total, run.activity.seconds),
+        activity=_activity(run.activity),
+        beside=_activity(run.beside),
     )

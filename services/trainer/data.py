@@ -7,6 +7,7 @@ sampled under, so the log-probabilities of its sampling must not reach the loss:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import compress
@@ -17,7 +18,7 @@ from mulligan.trainer.objectives import name_of
 from mulligan.trainer.objectives.distillation import Distillation
 from mulligan.trainer.objectives.policy_gradient import PolicyGradient
 
-__all__ = ["Datum", "Distillation", "ModelLimits", "PolicyGradient", "Problem", "datum_problem"]
+__all__ = ["Datum", "Distillation", "ModelLimits", "PolicyGradient", "Problem", "datum_problem", "token_count"]
 
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 _LARGEST_INT32 = 2**31 - 1
@@ -70,6 +71,11 @@ class DatumProblem(NamedTuple):
     field: str
     expected: str
     got: str
+
+
+def token_count(data: Iterable[Datum]) -> int:
+    """Of their own sequences, for what is told of progress."""
+    return sum(len(datum.token_ids) for datum in data)
 
 
 def datum_problem(datum: Datum, limits: ModelLimits) -> DatumProblem | None:

@@ -29,7 +29,8 @@ class Evaluations:
 
     With an `evaluator`, a second policy that is given the weights of `actor`, an evaluation runs beside training;
     `begin` waits only for the evaluation before. Otherwise it waits until the policy was measured. `tell` takes
-    notices, and `recall` gives what first attempts read of the memory now. Leaving the block ends what is under way.
+    notices, `activity` is told what is measured, and `recall` gives what first attempts read of the memory now. Leaving
+    the block ends what is under way.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Evaluations:
             with whole:
                 await self._measure_places(trained, missing)
         finally:
+            self._activity.begin("")
             whole.end()
 
     async def _measure_places(self, trained: int, missing: Sequence[tuple[int, str]]) -> None:
@@ -122,8 +124,7 @@ class Evaluations:
             log.info("evaluating", run_id=self._run_id, step=trained, environment=environment, tasks=len(player.tasks))
             name = f"{self._run_id}-evaluation-{trained}" + (f"-e{place}" if place else "")
             named = replace(player, name=name, recall=recall)
-            if self._evaluator is None:
-                self._activity.begin("evaluating attempts", partial(_counted, named))
+            self._activity.begin("evaluating attempts", partial(_counted, named))
             attempts = await evaluate(named)
             self._tell(prompt_notices(attempts))
             self._events.add(await measure(named, trained, attempts, self._told_as(place, environment)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from math import nan
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
@@ -16,10 +18,20 @@ from mulligan.common.tasks import Broadcast
 
 log = structlog.get_logger()
 
+if TYPE_CHECKING:
+    Metrics = dict[str, float]
+else:
+    Metrics = dict[str, float | None]  # in the file; JSON has null for a number that is not finite
+
 
 class StepEvent(msgspec.Struct, frozen=True, tag="step"):
+    """A metric that is not finite, such as an infinite gradient norm, is NaN when it is read from the file."""
+
     step: int
-    metrics: dict[str, float]
+    metrics: Metrics
+
+    def __post_init__(self) -> None:
+        _fill_in(self.metrics)
 
 
 class EvaluationEvent(msgspec.Struct, frozen=True, tag="evaluation"):
@@ -28,8 +40,16 @@ class EvaluationEvent(msgspec.Struct, frozen=True, tag="evaluation"):
     mean_reward: float
     attempts: int
     excluded: int
-    metrics: dict[str, float] = {}  # of the protocols, by LABEL/METRIC
+    metrics: Metrics = {}  # of the protocols, by LABEL/METRIC
     environment: str = ""  # empty: the run's own
+
+    def __post_init__(self) -> None:
+        _fill_in(self.metrics)
+
+
+def _fill_in(metrics: Metrics) -> None:
+    for name in [name for name, value in metrics.items() if value is None]:
+        metrics[name] = nan
 
 
 class StateEvent(msgspec.Struct, frozen=True, tag="state"):

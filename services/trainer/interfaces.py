@@ -139,6 +139,11 @@ class LearnerPort(Protocol):
         """With LoRA, the layers with an adapter: the last part of each name, once. Empty without LoRA, and where the
         server does not report them."""
 
+    @property
+    def share_done(self) -> float:
+        """Of the data of the `forward` or `forward_backward` that runs; 0 while it is not known. Between calls it means
+        nothing."""
+
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         """Log-probabilities of each datum's trained tokens under the present weights."""
 

@@ -90,7 +90,7 @@ def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     for one in metrics:
         for name, value in one.items():
             values[name].append(value)
-    return {name: fmean(many) for name, many in values.items()}
+    return {name: sum(many) / len(many) for name, many in values.items()}  # fmean refuses inf and -inf together
 
 
 @dataclass

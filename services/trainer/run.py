@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from mulligan.common.tasks import PrioritySlots
 from mulligan.common.tracing import span
 from mulligan.trainer.activity import CurrentActivity
 from mulligan.trainer.checked import CheckedRun, check_evaluator, check_run, open_served
+from mulligan.trainer.checkpoints import CheckpointTimes
 from mulligan.trainer.evaluations import Evaluations
 from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
@@ -39,7 +40,7 @@ from mulligan.trainer.sampling import PublishedPolicy, ServedPolicy
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
 from mulligan.trainer.tracking import Tracking
-from mulligan.trainer.trainable import drop_notices, prompt_notices
+from mulligan.trainer.trainable import drop_notices, prompt_notices, skip_notices
 
 log = structlog.get_logger()
 LEARNER_LOSSES = 3  # lost learners in a row, without a step between them, before the run fails
@@ -55,7 +56,8 @@ class ServicePorts:
     """The four ports of a run. `open_learner` takes (run id, settings) and creates a learner that the run owns; a run
     with `learner = "none"` never calls it.
     `memory_of` takes (run id, scope) and gives the memory with the run's credential; without it, that is `memory`.
-    `upload` brings weights to a policy service that does not see the trainer's files; None if it sees them."""
+    `upload` brings weights to a policy service that does not see the trainer's files; None if it sees them.
+    `waiting` says for which of them calls wait now, and why."""
 
     environment: EnvironmentPort
     policy: PolicyPort
@@ -63,6 +65,7 @@ class ServicePorts:
     open_learner: Callable[[str, RunSettings], Awaitable[LearnerPort]]
     upload: Upload | None = None
     memory_of: Callable[[str, str], MemoryPort] | None = None
+    waiting: Callable[[], Sequence[str]] = tuple
 
     async def actor(
         self, settings: RunSettings, learner: LearnerPort | None, notice: Callable[[str], None]
@@ -103,8 +106,8 @@ class Run:
     checkpoints come between steps (`Evaluations`). Where the learner is lost or a disk is full, `train` begins again at
     the last checkpoint; the journal has what was sampled since.
 
-    `paused` says what the run waits for; "" while it trains. With `accept_environment`, the run goes on although the
-    environment has changed.
+    `paused` says what the run waits for, a disk or services; "" while it trains. With `accept_environment`, the run
+    goes on although the environment has changed.
     """
 
     def __init__(self, run_id: str, folder: RunFolder, services: ServicePorts, events: EventLog | None = None):
@@ -114,11 +117,13 @@ class Run:
         self.settings = folder.settings()
         self.services = services
         self.events = events or EventLog(folder.events_file)  # kept over stop and resume, for those who watch
-        self.paused = ""
+        self._lacks_room = ""
         self.activity = CurrentActivity()
+        self.beside = CurrentActivity()  # what it does at the same time: an evaluation with a policy of its own
         self.accept_environment = False
         self.environments = RunEnvironments(self.settings, folder, services.environment)
         self._pause = Pause()
+        self._checkpoints = CheckpointTimes(self.settings.checkpoint_every, self.settings.keep_checkpoints)
         self._stop = asyncio.Event()
         self._finished = False
         self._first_steps = FirstSteps(self.settings)
@@ -143,6 +148,10 @@ class Run:
 
     def _tell_once(self, text: str) -> None:
         self._notice_once([text])
+
+    @property
+    def paused(self) -> str:
+        return self._lacks_room or ("; ".join(self.services.waiting()) if self.activity.now().doing else "")
 
     @property
     def train_seconds(self) -> float:
@@ -192,12 +201,12 @@ class Run:
                 self.notice(f"the learner was lost ({error}); going on from the last checkpoint")
 
     async def _wait_for_room(self, full: DomainError) -> None:
-        self.paused = full.message
+        self._lacks_room = full.message
         self.notice(f"paused: {full.message}. The run goes on by itself when there is room")
         try:
             await self._pause.wait(full, self._stop)
         finally:
-            self.paused = ""
+            self._lacks_room = ""
         if not self._stop.is_set():
             self.notice("there may be room again: going on from the last checkpoint")
 
@@ -286,11 +295,12 @@ class Run:
             actor,
             evaluator,
             self.events,
-            self.activity,
+            self.activity if evaluator is None else self.beside,
             self._notice_once,
             partial(newest, services.memory, settings, self.run_id),
         )
         await self._publish(actor)
+        self._checkpoints = CheckpointTimes(settings.checkpoint_every, settings.keep_checkpoints)
         if checkpoint is None:
             await self._save(runner, 0)
         async with evaluations, pipeline:
@@ -311,18 +321,15 @@ class Run:
         An evaluation that fails ends the run before the next step."""
         settings = self.settings
         begun_at = self.step
-        owes_checkpoint = False
         while self.step < settings.steps and not self._stop.is_set():
             if evaluations.is_due(self.step):
                 await evaluations.finish()
             is_measured = not evaluations.is_running  # raises what the evaluation raised
-            if owes_checkpoint and is_measured:
+            if self._checkpoints.is_due and is_measured:
                 await self._save(runner, self.step)
-                owes_checkpoint = False
             if evaluations.is_due(self.step):
                 await evaluations.begin(self.step)
             await self._step(actor, pipeline)
-            owes_checkpoint |= self.step % settings.checkpoint_every == 0
         await evaluations.finish()
         if self.step > begun_at:
             await self._save(runner, self.step)
@@ -358,16 +365,16 @@ class Run:
         self._notice_once(prompt_notices(first, later))
         metrics = runner.metrics(step.experiences) | step.metrics | pipeline.staleness(self.step, step.kept)
         if self.settings.trains:
-            minibatches = self.settings.algorithm.optimizer_steps
-            self.activity.begin("learning", lambda: (runner.minibatches_learned, minibatches))
+            self.activity.begin("learning")
             with span("learn"):
-                metrics |= await runner.learn(self.step, step.kept)
-            self._notice_once(drop_notices(metrics))
+                metrics |= await runner.learn(self.step, step.kept, self.activity.begin)
+            self._notice_once([*drop_notices(metrics), *skip_notices(metrics)])
         if told := self._first_steps.notice(self.step, has_learned=runner.has_taught(step.kept)):
             self._tell_once(told)
         learned = _clock()
         with span("publish"):
             await self._publish(policy)
+        self.activity.begin("writing to the memory")
         with span("memorise"):
             await runner.memorise(step.kept, step.replaced, rewrites=journal.completed is None)
         metrics |= {
@@ -392,14 +399,18 @@ class Run:
             step_ended(metrics)
             self.events.add(StepEvent(self.step, metrics))
         self.step += 1
+        self._checkpoints.stepped(self.step, _clock() - sampled)
 
     async def _save(self, runner: StepRunner, step: int) -> None:
+        self.activity.begin("saving a checkpoint")
+        start = _clock()
         name = f"{self.run_id}-{step:06}"
         if runner.learner is not None:
             await runner.learner.save_checkpoint(name)
         memory_version = await self.services.memory.snapshot(runner.memory_scope)
         self.events.sync()  # first: a run that goes on from the checkpoint does not make earlier events again
         self.folder.write_checkpoint(Checkpoint(name, step, memory_version))
+        self._checkpoints.saved(_clock() - start)
 
     def _players(
         self,
@@ -433,9 +444,10 @@ class Run:
 
     def summary(self) -> dict[str, object]:
         """The content of summary.json. `rollouts` is the number of episodes and reflections, the budget for comparing
-        algorithms; `grad_clipped` is the share of optimizer steps with a gradient norm above `max_grad_norm`. Test
-        success is that in the run's own environment; `further_evaluations` has the others'. A measurement that is lost
-        from events.jsonl is None, and sums are without it."""
+        algorithms; `grad_clipped` is the share of optimizer steps with a gradient norm above `max_grad_norm`;
+        `not_finite` is the number of those that were skipped for a gradient or loss that is not finite. Test success is
+        that in the run's own environment; `further_evaluations` has the others'. A measurement that is lost from
+        events.jsonl is None, and sums are without it."""
         evaluations = self.events.evaluations()
         steps = self.events.steps()
         others = [name for name in self.settings.environments if name != self.settings.environment]
@@ -448,6 +460,7 @@ class Run:
             "rollouts": int(sum(event.metrics["rollouts"] for event in steps.values())),
             "sampled_tokens": int(sum(event.metrics["sampled_tokens"] for event in steps.values())),
             "excluded": int(sum(event.metrics["excluded"] for event in steps.values())),
+            "not_finite": int(sum(event.metrics.get("not_finite", 0.0) for event in steps.values())),
             "grad_clipped": fmean([event.metrics.get("grad_clipped", 0.0) for event in steps.values()] or [0.0]),
             "evaluations": self._curve(),
             "settings": self.settings.model_dump(mode="json"),

@@ -37,6 +37,9 @@ _COUNTS = {  # by their names among the metrics of a step
         f"{PREFIX}_excluded", "Rollouts without an outcome, for a failure of the infrastructure.", registry=REGISTRY
     ),
     "dropped": Counter(f"{PREFIX}_dropped", "Samples that could not be trained on.", registry=REGISTRY),
+    "not_finite": Counter(
+        f"{PREFIX}_not_finite", "Optimizer steps skipped as gradient or loss were not finite.", registry=REGISTRY
+    ),
 }
 _RUNS_ENDED = Counter(f"{PREFIX}_runs_ended", "Runs that ended, by state.", ["state"], registry=REGISTRY)
 for _state in ("completed", "stopped", "failed"):
@@ -50,7 +53,9 @@ class ActiveRun(Protocol):
     """What is shown of a run."""
 
     step: int
-    paused: str
+
+    @property
+    def paused(self) -> str: ...
 
     @property
     def last_step(self) -> int: ...
@@ -86,7 +91,7 @@ class RunGauges(Collector):
         if run is not None:
             yield _gauge("run_step", "Steps of the run that are trained.", run.step)
             yield _gauge("run_steps", "Steps that the run is to have.", run.last_step)
-            yield _gauge("run_paused", "1 while the run waits for room on a disk.", bool(run.paused))
+            yield _gauge("run_paused", "1 while the run waits for room on a disk, or for a service.", bool(run.paused))
             step, evaluation = run.newest
             for name, value in (step.metrics if step is not None else {}).items():
                 if name.startswith(_SUCCESS):

@@ -194,7 +194,9 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
 
     def _message(self, run: Run) -> pb.Run:
         record = self._manager.record(run.run_id)
-        now = run.activity.now() if record.state is RunState.RUNNING else Activity()
+        now, beside = (
+            current.now() if record.state is RunState.RUNNING else Activity() for current in (run.activity, run.beside)
+        )
         return pb.Run(
             run_id=record.run_id,
             state=state_to_proto(record.state),
@@ -206,6 +208,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
             folder=str(run.folder.path),
             paused=run.paused,
             activity=pb.RunActivity(**asdict(now)) if now.doing else None,
+            beside=pb.RunActivity(**asdict(beside)) if beside.doing else None,
         )
 
 

@@ -15,8 +15,9 @@ from mulligan.common.reflections import MAX_TEXT_BYTES, Labels, Provenance, Refl
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.common.tracing import span
+from mulligan.trainer.activity import Begin, CallsOfLearner, untold
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
-from mulligan.trainer.data import Datum, ModelLimits, datum_problem
+from mulligan.trainer.data import Datum, ModelLimits, datum_problem, token_count
 from mulligan.trainer.document import RewrittenDocument, best_of
 from mulligan.trainer.foreign import blaming
 from mulligan.trainer.group_signal import moves, rounded
@@ -76,7 +77,6 @@ class StepRunner:
     slots: PrioritySlots | None = None
     algorithm: ModuleType = field(init=False)
     memory_scope: str = field(init=False)
-    minibatches_learned: int = field(init=False, default=0)  # of the step that `learn` works on
     has_moved: bool = field(init=False, default=False)  # whether what `learn` was given last has a gradient
     _played: dict[str, Member[AlgorithmSettings]] = field(init=False, default_factory=dict)  # by experience
     # What `has_signal` found, by the identities of a group's experiences, which are kept as long.
@@ -189,8 +189,9 @@ class StepRunner:
                 return f"a datum that cannot be trained on: {said}"
         return ""
 
-    async def learn(self, step: int, experiences: Sequence[Experience]) -> dict[str, float]:
-        """One loss over all branches, in `optimizer_steps` optimizer steps."""
+    async def learn(self, step: int, experiences: Sequence[Experience], begin: Begin = untold) -> dict[str, float]:
+        """One loss over all branches, in `optimizer_steps` optimizer steps. Returns the means of the learner's metrics
+        over these, but the number of those that were `not_finite`. `begin` is told what the learner does now."""
         assert self.learner is not None, "a run without a learner learns by its memory alone"
         data, left_out = self.training_data(experiences)
         with self._blame():
@@ -202,13 +203,16 @@ class StepRunner:
             return left_out
         count = self.settings.algorithm.optimizer_steps
         if count > 1:
-            data = await self._with_old_log_probs(data)
+            data = await self._with_old_log_probs(data, begin)
+        calls = CallsOfLearner(self.learner, token_count(data))
+        begin("learning tokens", calls.count)
         metrics = []
         for minibatch in minibatches(data, count, derive_seed(self.settings.seed, step, "minibatch")):
-            losses = await self.learner.forward_backward(minibatch, self.settings.loss)
+            with calls.call(minibatch):
+                losses = await self.learner.forward_backward(minibatch, self.settings.loss)
             metrics.append(losses | await self.learner.optim_step())
-            self.minibatches_learned += 1
-        return mean_metrics(metrics) | left_out
+        not_finite = sum(one.get("not_finite", 0.0) for one in metrics)
+        return mean_metrics(metrics) | {"not_finite": not_finite} | left_out
 
     async def memorise(
         self, experiences: Sequence[Experience], replaced: Sequence[Experience] = (), *, rewrites: bool = True
@@ -328,11 +332,15 @@ class StepRunner:
     def _harness_of(self, experience: Experience) -> Harness:
         return self.others.get(experience.environment, self.harness)
 
-    async def _with_old_log_probs(self, data: Sequence[Datum]) -> list[Datum]:
+    async def _with_old_log_probs(self, data: Sequence[Datum], begin: Begin) -> list[Datum]:
         """The old policy is the learner itself, before the first of several optimizer steps."""
         assert self.learner is not None
         asking = [place for place, datum in enumerate(data) if _lacks_old(datum.objective)]
-        found = await self.learner.forward([data[place] for place in asking]) if asking else []
+        asked = [data[place] for place in asking]
+        calls = CallsOfLearner(self.learner, token_count(asked))
+        begin("computing the log-probabilities of tokens", calls.count)
+        with calls.call(asked):
+            found = await self.learner.forward(asked) if asked else []
         filled = list(data)
         for place, old_log_probs in zip(asking, found, strict=True):
             objective: Any = data[place].objective

@@ -134,6 +134,16 @@ def drop_notices(metrics: Mapping[str, float]) -> list[str]:
     ]
 
 
+def skip_notices(metrics: Mapping[str, float]) -> list[str]:
+    """A notice if optimizer steps of a step were skipped as not finite."""
+    if not metrics.get("not_finite"):
+        return []
+    return [
+        "an optimizer step was skipped, counted as not_finite: its gradient or loss is not a finite number, so it "
+        "is left out. After optimizer.max_skipped_steps of them in a row the run fails. A lower learning rate may help"
+    ]
+
+
 def _with_usable_reward(sample: Sample) -> Sample:
     return with_usable_reward(sample) if sample.is_episode else sample
 

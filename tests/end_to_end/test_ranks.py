@@ -20,8 +20,10 @@ from tests.support.waiting import until
 async def test_a_run_survives_each_process_of_its_learner(services: ServiceProcesses, tmp_path: Path) -> None:
     loop = Loop.start(services, tmp_path, trainer={"learner_processes": 2, "outage_seconds": 200})
     client = loop.client()
-    await client.start("ranked", small_run(steps=5, checkpoint_every=1))
-    for victim in (1, 0):
+    settings = small_run(steps=5, checkpoint_every=1)
+    await client.start("ranked", settings)
+    victims = (1, 0)
+    for victim in victims:
         await loop.journal_grows("ranked", 20_000)
         before = pids(loop.trainer)
         os.kill(before[victim], signal.SIGKILL)
@@ -29,6 +31,9 @@ async def test_a_run_survives_each_process_of_its_learner(services: ServiceProce
     info = await loop.ended(client, "ranked")
     await client.close()
     assert info.step == 5
+    taken = sum(line.get("method") == "OptimStep" and line.get("status") == "OK" for line in loop.trainer.log_lines)
+    of_a_step = settings.algorithm.optimizer_steps
+    assert 5 * of_a_step <= taken <= (5 + len(victims)) * of_a_step, "a kill costs one step"
     chains = loop.experiences("ranked")
     check_experiences(chains, steps=5, tasks=4, rollouts=2)
     assert await loop.memorised("ranked") == successes(chains)

@@ -400,6 +400,7 @@ class FakeLearner:
     limits: ModelLimits = ModelLimits(2**16, 4096)
     adapted_layers: tuple[str, ...] = ()
     kind: WeightsKind = WeightsKind.FULL
+    share_done: float = 0.0
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         self._check(data)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,8 @@ import typer
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, MemoryAddress
 from mulligan.cli.memory.entries import Scope, asked
-from mulligan.cli.out import fail, json_safe, note, show, working
+from mulligan.cli.out import fail, json_safe, note, show
+from mulligan.cli.progress import LiveLine, time_left
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.files import move, temporary_file
 from mulligan.common.reflections import Labels, ReflectionStatus, StoredReflection
@@ -40,8 +42,12 @@ def export(
 
     Example: `mulligan memory export reflections.jsonl --scope demo-1`
     """
-    with working("reading the memory"):
-        entries = asked(address, lambda client: client.list(scope))
+    with LiveLine("reading the memory") as line:
+
+        def tell(read: int) -> None:
+            line.say(f"reading the memory: {read:,} reflections")
+
+        entries = asked(address, lambda client: client.list(scope, on_progress=tell))
     if file is None:
         for entry in entries:
             show(_line(entry))
@@ -71,8 +77,14 @@ def import_file(
     Example: `mulligan memory import reflections.jsonl --scope shared`
     """
     entries = _read(file, scope)
-    with working(f"importing {len(entries):,} reflections"):
-        counts = asked(address, lambda client: _Import(client, scope).all(entries))
+    with LiveLine(f"importing {len(entries):,} reflections") as line:
+        began = time.monotonic()
+
+        def tell(done: int) -> None:
+            left = time_left(time.monotonic() - began, done, len(entries))
+            line.say(f"importing reflections: {done:,}/{len(entries):,}, left {left}")
+
+        counts = asked(address, lambda client: _Import(client, scope, tell).all(entries))
     show(f"{counts['added']:,} added, {counts['known']:,} were there already")
     statuses = Counter(entry.status for entry in entries)
     active, quarantined = statuses[ReflectionStatus.ACTIVE], statuses[ReflectionStatus.QUARANTINED]
@@ -117,8 +129,10 @@ def _problems(entry: StoredReflection, scope: str) -> Sequence[object]:
 class _Import:
     """Adds entries, several at once, each after its sources."""
 
-    def __init__(self, client: MemoryClient, scope: str) -> None:
+    def __init__(self, client: MemoryClient, scope: str, tell: Callable[[int], None]) -> None:
         self._client = client
+        self._tell = tell  # how many are done
+        self._done = 0
         self._scope = scope
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._counts: Counter[str] = Counter()
@@ -142,6 +156,8 @@ class _Import:
         self._counts["sources"] += len(entry.source_ids) - len(sources)
         async with self._slots:
             self._ids[entry.reflection_id].set_result(await self._added(entry, sources))
+            self._done += 1
+            self._tell(self._done)
 
     async def _added(self, entry: StoredReflection, sources: tuple[str, ...]) -> str:
         """Its id in the memory; empty if another content was imported under it."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Self
 
@@ -14,9 +15,9 @@ from mulligan.common import numbers
 from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.inference import CanaryProbe, PublishedWeights, WeightsKind
-from mulligan.common.tasks import to_its_end
+from mulligan.common.tasks import cancel, to_its_end
 from mulligan.policy.wire import canary_from_proto
-from mulligan.trainer.data import Datum, ModelLimits
+from mulligan.trainer.data import Datum, ModelLimits, token_count
 from mulligan.trainer.learner.metrics import merge
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.learner.wire import data_to_proto, duration, loss_to_proto, spec_to_proto
@@ -29,6 +30,7 @@ log = structlog.get_logger()
 CALL_SECONDS = 3600.0  # large models take long to train, load and save
 DELETE_SECONDS = 10.0
 LEASE_SECONDS = 600.0  # how long a server keeps a learner whose client is gone
+FOLLOW_SECONDS = 1.0  # between questions how far a call is
 RENEWALS = 5  # per lease, while there are no other calls: sampling may take hours
 CALL_BYTES = 8 * 2**20  # of data in one call; more are sent in several calls, whose gradients add up
 
@@ -48,6 +50,7 @@ class LearnerClient:
         self._ids = {"learner_id": learner_id, "owner": owner}
         self._next_call = 1  # the `sequence` of the contract
         self._renewal: asyncio.Task[None] | None = None
+        self.share_done = 0.0
         self.fingerprint = ""
         self.limits = ModelLimits(0, 0)
         self.adapted_layers: tuple[str, ...] = ()
@@ -64,22 +67,32 @@ class LearnerClient:
         """Returns when the learner is ready. Raises DomainError LEARNER_OWNED, LEARNER_CONFLICT, CAPACITY_REACHED,
         MODEL_NOT_FOUND, UNSUPPORTED_MODEL or INVALID_FIELD."""
         client = cls(endpoint, learner_id, owner, on_outage)
+        await client.open(spec)
+        return client
+
+    async def open(self, spec: LearnerSpec) -> None:
+        """As `create`, for a client that has no learner yet. After an error the client is closed."""
+        learner_id, owner = self._ids["learner_id"], self._ids["owner"]
         request = pb.CreateLearnerRequest(learner_id=learner_id, owner=owner, lease=duration(LEASE_SECONDS))
         spec_to_proto(spec, request)
         try:
-            response = await client._connection.call(client._stub.CreateLearner, request, timeout=CALL_SECONDS)
-            client.limits = client._connection.read(_limits, response)
+            response = await self._connection.call(self._stub.CreateLearner, request, timeout=CALL_SECONDS)
+            self.limits = self._connection.read(_limits, response)
         except asyncio.CancelledError:  # it may have been made all the same, and would take a place during its lease
-            await to_its_end(client.close())
+            await to_its_end(self.close())
             raise
         except BaseException:
-            await client._connection.close()
+            await self._connection.close()
             raise
-        client._next_call = response.next_sequence
-        client.fingerprint = response.fingerprint
-        client._renewal = asyncio.create_task(client._renew())
-        client.adapted_layers = tuple(response.lora_target_modules)
-        return client
+        self._next_call = response.next_sequence
+        self.fingerprint = response.fingerprint
+        self._renewal = asyncio.create_task(self._renew())
+        self.adapted_layers = tuple(response.lora_target_modules)
+
+    @property
+    def waiting_for(self) -> str:
+        """What calls wait for now; "" if none does."""
+        return self._connection.waiting_for
 
     async def _renew(self) -> None:
         request = pb.GetLearnerRequest(learner_id=self._ids["learner_id"])
@@ -96,20 +109,24 @@ class LearnerClient:
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         results: list[tuple[float, ...]] = []
+        self.share_done = 0.0
         for part in self._parts(data):
             request = pb.ForwardRequest(**self._ids, data=data_to_proto(part))
-            response = await self._connection.call(self._stub.Forward, request, timeout=CALL_SECONDS)
+            async with self._followed(part, data):
+                response = await self._connection.call(self._stub.Forward, request, timeout=CALL_SECONDS)
             results += self._connection.read(partial(_log_probs, part), response)
         return results
 
     async def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
         """Sends large data in several calls. If a later one fails, the gradients of the earlier ones stay."""
         metrics: list[dict[str, float]] = []
+        self.share_done = 0.0
         for part in self._parts(data):
             request = pb.ForwardBackwardRequest(
                 **self._ids, sequence=self._next_call, data=data_to_proto(part), loss=loss_to_proto(loss)
             )
-            response = await self._connection.call(self._stub.ForwardBackward, request, timeout=CALL_SECONDS)
+            async with self._followed(part, data):
+                response = await self._connection.call(self._stub.ForwardBackward, request, timeout=CALL_SECONDS)
             self._next_call += 1
             metrics.append(dict(response.metrics))
         return self._connection.read(lambda _: merge(metrics), response)
@@ -159,6 +176,32 @@ class LearnerClient:
             if self._renewal is not None:
                 self._renewal.cancel()
             await self._connection.close()
+
+    @asynccontextmanager
+    async def _followed(self, part: Sequence[Datum], data: Sequence[Datum]) -> AsyncIterator[None]:
+        """Around the call with a part of the data: `share_done` grows meanwhile."""
+        before = self.share_done
+        share = token_count(part) / max(1, token_count(data))
+        following = asyncio.create_task(self._follow(before, share))
+        try:
+            yield
+            self.share_done = before + share
+        except BaseException:
+            self.share_done = 0.0
+            raise
+        finally:
+            await cancel(following)
+
+    async def _follow(self, before: float, share: float) -> None:
+        """Asks for the progress of a call that has this share of the data."""
+        request = pb.GetLearnerRequest(learner_id=self._ids["learner_id"])
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            with suppress(grpc.aio.AioRpcError):  # the call itself says what is wrong
+                answer = await self._stub.GetLearner(request, timeout=CALL_SECONDS, metadata=self._connection.metadata)
+                if answer.total_tokens > 0:
+                    of_part = min(1.0, max(0.0, answer.done_tokens / answer.total_tokens))
+                    self.share_done = before + share * of_part
 
     def _parts(self, data: Sequence[Datum]) -> Iterator[Sequence[Datum]]:
         """Splits the data so that each part fits into one message. Without data: one empty part."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,8 @@ class Learner:
     runs its share of the data on its share of the weights (`balance`, `sharding`). Results are those of all data, in
     every process. The first process reads and writes the files.
 
+    Another thread may read `progress`, which is (0, 0) between calls.
+
     Raises DomainError INVALID_FIELD, MODEL_NOT_FOUND, UNSUPPORTED_MODEL. After any other exception, from any method,
     gradients or weights are undefined and the learner must be deleted.
     """
@@ -67,6 +69,7 @@ class Learner:
         self._ranks = ranks or Ranks()
         self._skipped = 0  # optimizer steps in a row that were left out as not finite
         self._reference_step = -1  # when the moving reference last moved; -1: there is none
+        self.progress = (0, 0)  # of the call with data that runs: its tokens that are done, all of them
         self._checkpoint = ""  # the one saved or loaded last
         self._published = -1  # the version published last
         self._device = self._ranks.device(server.device)
@@ -101,7 +104,7 @@ class Learner:
         found_N = torch.zeros(sum(counts))
         parts = found_N.split(counts)
         plain = [replace(datum, objective=Distillation(0.0)) for datum in data]  # without further sequences
-        with self._arithmetic(), torch.no_grad():
+        with self._counted(data), self._arithmetic(), torch.no_grad():
             for batch, counted in self._microbatches(plain, range(len(data)), [datum.branch for datum in data]):
                 log_probs_N = self.model.whole_pass(partial(self._log_probs, batch))
                 (own,) = batch.parts
@@ -126,7 +129,7 @@ class Learner:
         self._move_reference(loss)
         moving = [row for row, datum in enumerate(data) if datum.weight and datum.objective.moves(loss)]
         still = sorted(set(range(len(data))) - set(moving))
-        with self._arithmetic():
+        with self._counted(data), self._arithmetic():
             for rows, gradient in ((moving, True), (still, False)):
                 for batch, counted in self._microbatches(data, rows, tally.branches):
                     with torch.set_grad_enabled(gradient):
@@ -148,8 +151,22 @@ class Learner:
             tokens = min(tokens, sum(length(data[row]) for row in rows) // (2 * size))
         groups = pack(data, rows, tokens, sharing=sharing)
         costs = [cost(data, group, sharing=sharing) for group in groups]
-        for place, counted in passes(costs, self._ranks.rank, size):
+        own = list(passes(costs, self._ranks.rank, size))
+        spent, whole_cost = 0, sum(costs[place] for place, _ in own)
+        done, total = self.progress
+        for place, counted in own:
             yield microbatch(data, groups[place], branches, self._device, sharing=sharing), counted
+            spent += costs[place]
+            self.progress = (done + spent * sum(length(data[row]) for row in rows) // whole_cost, total)
+
+    @contextmanager
+    def _counted(self, data: Sequence[Datum]) -> Iterator[None]:
+        """Around the micro-batches of a call, for its `progress`."""
+        self.progress = (0, sum(map(length, data)))
+        try:
+            yield
+        finally:
+            self.progress = (0, 0)
 
     def _move_reference(self, loss: LossSettings) -> None:
         due = self._reference_step < 0 or self.optimizer_steps >= self._reference_step + loss.reference_every
@@ -180,8 +197,8 @@ class Learner:
 
         Metrics: `grad_norm` before clipping; `grad_clipped`, 1 if that was above `max_grad_norm`; `learning_rate`;
         `skipped`, 1 if the gradient is absent, or it or the loss is not finite, which changes neither weights nor
-        optimizer. Raises DomainError NOT_FINITE when `max_skipped_steps` steps in a row were not finite, and this one
-        is not, either; it changes nothing.
+        optimizer; `not_finite`, 1 if it was skipped for the latter. Raises DomainError NOT_FINITE when
+        `max_skipped_steps` steps in a row were not finite, and this one is not, either; it changes nothing.
         """
         settings = self.spec.optimizer
         warm = min(1.0, (self.optimizer_steps + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
@@ -205,6 +222,7 @@ class Learner:
             "grad_clipped": float(clipped),
             "learning_rate": rate,
             "skipped": float(skipped),
+            "not_finite": float(bool(gradients) and not finite),
         }
 
     def _is_finite(self, norm: float) -> bool:

@@ -46,6 +46,11 @@ class LocalLearner:
     def adapted_layers(self) -> tuple[str, ...]:
         return self._learner.adapted_layers if self._learner is not None else ()
 
+    @property
+    def share_done(self) -> float:
+        done, total = self._learner.progress if self._learner is not None else (0, 0)
+        return done / total if total else 0.0
+
     async def _run(self, work: Callable[[Learner], R]) -> R:
         def on_thread() -> R:
             if self._learner is None:

@@ -137,12 +137,15 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         held = self._held.find(request.learner_id)
         if self._guard.allows_learner(context, request.learner_id):
             held.renew()
+        done, total = held.learner.progress
         return pb.GetLearnerResponse(
             owner=held.owner,
             next_sequence=held.next_call,
             optimizer_steps=held.learner.optimizer_steps,
             model=model_to_proto(held.spec.model),
             compute_seconds=held.compute_seconds,
+            total_tokens=total,
+            done_tokens=done,
         )
 
     async def ListLearners(self, request: pb.ListLearnersRequest, context: Context) -> pb.ListLearnersResponse:

@@ -418,12 +418,19 @@ class GetLearnerResponse(_message.Message):
     OPTIMIZER_STEPS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
+    DONE_TOKENS_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     next_sequence: _builtins.int
     optimizer_steps: _builtins.int
     """Optimizer steps taken."""
     compute_seconds: _builtins.float
     """Seconds that the learner has computed since it was created."""
+    total_tokens: _builtins.int
+    """Of the Forward or ForwardBackward that runs: the tokens of its data, and how many of these are done. 0 while none
+    runs, and at servers that do not count them.
+    """
+    done_tokens: _builtins.int
     @_builtins.property
     def model(self) -> Global___ModelConfig: ...
     def __init__(
@@ -434,10 +441,12 @@ class GetLearnerResponse(_message.Message):
         optimizer_steps: _builtins.int = ...,
         model: Global___ModelConfig | None = ...,
         compute_seconds: _builtins.float = ...,
+        total_tokens: _builtins.int = ...,
+        done_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "model", b"model", "next_sequence", b"next_sequence", "optimizer_steps", b"optimizer_steps", "owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "done_tokens", b"done_tokens", "model", b"model", "next_sequence", b"next_sequence", "optimizer_steps", b"optimizer_steps", "owner", b"owner", "total_tokens", b"total_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1179,7 +1188,8 @@ class OptimStepResponse(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """grad_norm: before clipping. grad_clipped: 1 when grad_norm was above max_grad_norm. learning_rate. skipped: 1 when
-        the step was left out, because the gradient was not finite or nothing had been accumulated.
+        the step was left out, because gradient or loss were not finite or nothing had been accumulated. not_finite: 1 when
+        it was left out for the former; servers of earlier releases do not tell.
         """
 
     def __init__(

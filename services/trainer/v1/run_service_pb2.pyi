@@ -65,6 +65,7 @@ class Run(_message.Message):
     FOLDER_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
     ACTIVITY_FIELD_NUMBER: _builtins.int
+    BESIDE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     error: _builtins.str
@@ -76,7 +77,9 @@ class Run(_message.Message):
     folder: _builtins.str
     """The folder of the run on the trainer's machine."""
     paused: _builtins.str
-    """What a RUNNING run waits for, such as room on a disk; it goes on by itself. Empty while it trains."""
+    """What a RUNNING run waits for, such as room on a disk, or a service that is away or full; it goes on by itself. Empty
+    while it trains. Where it waits for a service, `activity` says what for; other parts of it may go on meanwhile.
+    """
     @_builtins.property
     def config(self) -> _run_config_pb2.RunConfig:
         """As used, defaults filled in. Of a run whose settings are damaged only `environment`, as "(unknown)"."""
@@ -86,6 +89,10 @@ class Run(_message.Message):
     @_builtins.property
     def activity(self) -> Global___RunActivity:
         """What a RUNNING run does now; unset if it does nothing."""
+
+    @_builtins.property
+    def beside(self) -> Global___RunActivity:
+        """What it does at the same time: an evaluation, where training does not wait for it. Unset if there is nothing."""
 
     def __init__(
         self,
@@ -100,10 +107,11 @@ class Run(_message.Message):
         folder: _builtins.str = ...,
         paused: _builtins.str = ...,
         activity: Global___RunActivity | None = ...,
+        beside: Global___RunActivity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "config", b"config", "created_at", b"created_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "beside", b"beside", "config", b"config", "created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "config", b"config", "created_at", b"created_at", "error", b"error", "folder", b"folder", "paused", b"paused", "run_id", b"run_id", "state", b"state", "step", b"step", "train_seconds", b"train_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "beside", b"beside", "config", b"config", "created_at", b"created_at", "error", b"error", "folder", b"folder", "paused", b"paused", "run_id", b"run_id", "state", b"state", "step", b"step", "train_seconds", b"train_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -120,7 +128,7 @@ class RunActivity(_message.Message):
     doing: _builtins.str
     """In words for people, such as "sampling"."""
     done: _builtins.int
-    """Parts of it that are done: chains, optimizer steps, attempts."""
+    """Parts of it that are done: chains, tokens, attempts; or seconds, of those that it took the last time."""
     total: _builtins.int
     """Parts that there are; 0 if it has none."""
     seconds: _builtins.float
@@ -376,7 +384,8 @@ class StepCompleted(_message.Message):
         RunConfig.environment. Those of another one have its name before them, such as unanswerable/success_first; so has
         its count of rollouts.
 
-        And the learner's metrics, averaged over optimizer steps.
+        And the learner's metrics, averaged over optimizer steps. not_finite is the number of optimizer steps that were left
+        out because gradient or loss were not finite. Such a gradient norm or loss is infinite or NaN here.
         """
 
     def __init__(

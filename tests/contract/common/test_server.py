@@ -266,8 +266,9 @@ async def test_an_endpoint_that_is_down_is_named_and_waited_for(services: Servic
     await until(lambda: bool(outages))
     server.restart()
     assert [len(found) for found in await asyncio.gather(*waiting)] == [1] * 20
-    assert len(outages) == 1  # not one per call
-    assert outages[0].startswith(f"waiting for {server.address}: ")
+    waited, again = outages  # not one per call
+    assert waited.startswith(f"waiting for {server.address}: ") and patient.waiting_for == ""
+    assert again.startswith(f"{server.address} answers again, after ")
     await patient.close()
     await hasty.close()
 

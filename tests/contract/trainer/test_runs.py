@@ -14,7 +14,7 @@ from mulligan.common.status import from_rpc_error
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.client import RunClient
-from mulligan.trainer.events import StateEvent
+from mulligan.trainer.events import NoticeEvent, StateEvent
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.settings import PoliciesSettings, TrainedModelSettings
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
@@ -243,8 +243,9 @@ async def test_bad_evaluations_are_refused(stub: pb_grpc.RunServiceStub) -> None
 
 
 async def test_a_running_run_says_what_it_does(client: RunClient) -> None:
-    """With counts of its chains, its optimizer steps and its attempts; a run that has ended does nothing."""
-    counted = {"evaluating attempts": 4, "sampling chains": 8, "learning": 2}
+    """With counts of its chains, its tokens and its attempts; a run that has ended does nothing."""
+    counted = {"evaluating attempts": 4, "sampling chains": 8}
+    others = {"learning tokens", "writing to the memory", "publishing the weights", "saving a checkpoint"}
     seen: dict[str, int] = {}
     await client.start("busy", small_run(steps=1000, evaluation={"every": 1}))  # each of them again and again
 
@@ -253,10 +254,10 @@ async def test_a_running_run_says_what_it_does(client: RunClient) -> None:
         assert 0 <= now.done <= max(now.total, 0) and now.seconds >= 0
         if now.doing:
             seen[now.doing] = now.total
-        return counted.keys() <= seen.keys()
+        return counted.keys() | others <= {doing.removesuffix(", seconds") for doing in seen}
 
     await until_async(all_seen)
-    assert {doing: seen[doing] for doing in counted} == counted
+    assert {doing: seen[doing] for doing in counted} == counted and seen["learning tokens"] > 100
     await client.stop("busy")
     await until_async(lambda: _has_ended(client, "busy"))
     assert (await client.get("busy")).activity.doing == "" == (await client.get("done")).activity.doing
@@ -264,3 +265,26 @@ async def test_a_running_run_says_what_it_does(client: RunClient) -> None:
 
 async def _has_ended(client: RunClient, run_id: str) -> bool:
     return (await client.get(run_id)).state is not RunState.RUNNING
+
+
+async def test_a_run_that_waits_for_a_service_says_so(loop: Loop, client: RunClient) -> None:
+    """Each service that it uses; and when it is back."""
+    await client.start("waits", small_run(steps=1000, checkpoint_every=1))
+    for service in (loop.env, loop.policy, loop.memory):
+        service.kill()
+
+        async def waits(address: str = service.address) -> bool:
+            return f"waiting for {address}: " in (await client.get("waits")).paused
+
+        async def goes_on() -> bool:
+            return (await client.get("waits")).paused == ""
+
+        await until_async(waits, 60)
+        assert (await client.get("waits")).activity.doing, "what it waits with"
+        service.restart()
+        await until_async(goes_on, 60)
+    await client.stop("waits")
+    texts = [entry.event.text async for entry in client.watch("waits") if isinstance(entry.event, NoticeEvent)]
+    for service in (loop.env, loop.policy, loop.memory):
+        assert any(text.startswith(f"{service.address} answers again, after ") for text in texts), texts
+    assert (await client.get("waits")).paused == ""

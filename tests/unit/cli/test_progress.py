@@ -97,6 +97,20 @@ def test_a_run_says_how_much_of_what_it_does_is_done_and_how_long_the_rest_may_t
     asyncio.run(show(run, entries(), asked(sampling), first=SOON, every=SOON))
 
 
+def test_a_run_that_waits_says_for_what(capsys: pytest.CaptureFixture[str]) -> None:
+    told = Told(capsys)
+    run = RunInfo(
+        "lake", RunState.RUNNING, "", RunSettings(environment="lake", steps=2), 0, datetime.now(UTC), 0.0, "runs/lake"
+    )
+    waiting = replace(run, activity=Activity("sampling chains", 6, 24, 20.0), paused="waiting for 10.0.0.7:1: gone")
+
+    async def entries() -> AsyncIterator[Entry]:
+        await asyncio.to_thread(told.until, "run lake: 0/2 steps done; paused: waiting for 10.0.0.7:1: gone … ")
+        yield Entry(1, datetime.now(UTC), StateEvent(RunState.COMPLETED))
+
+    asyncio.run(show(run, entries(), asked(waiting), first=SOON, every=SOON))
+
+
 def test_a_trainer_that_does_not_answer_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
     told = Told(capsys)
     run = RunInfo(

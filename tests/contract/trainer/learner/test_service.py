@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -358,3 +359,44 @@ async def test_deleting_is_idempotent(client: LearnerClient) -> None:
     with pytest.raises(DomainError) as caught:
         await client.publish_weights(1)
     assert caught.value.reason is Reason.UNKNOWN_LEARNER
+
+
+async def test_how_far_a_call_is_can_be_asked_meanwhile(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the data need several calls."""
+    async with serving(server_settings(tmp_path, microbatch_tokens=50)) as address:
+        client = await LearnerClient.create(Endpoint(address), "learner", "run", spec(tiny))
+        try:
+            await _is_followed(client, address, monkeypatch)
+        finally:
+            await client.close()
+
+
+async def _is_followed(client: LearnerClient, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "FOLLOW_SECONDS", 0.005)
+    data = many(40)
+    monkeypatch.setattr(client_module, "CALL_BYTES", sum(map(client_module._message_bytes, data)) // 2)
+    inner = Learner._total
+
+    def slow(*arguments: Any, **keywords: Any) -> Any:
+        time.sleep(0.05)
+        return inner(*arguments, **keywords)
+
+    monkeypatch.setattr(Learner, "_total", slow)
+    seen: list[float] = []
+    call = asyncio.create_task(client.forward_backward(data, PLAIN))
+    while not call.done():
+        seen.append(client.share_done)
+        await asyncio.sleep(0.005)
+    await call
+    assert seen == sorted(seen) and seen[0] == 0.0
+    assert len({share for share in seen if share < 0.5}) > 1 and len({share for share in seen if share > 0.5}) > 1
+    async with grpc.aio.insecure_channel(address) as channel:
+        found = await pb_grpc.LearnerServiceStub(channel).GetLearner(pb.GetLearnerRequest(learner_id="learner"))
+    assert (found.done_tokens, found.total_tokens) == (0, 0)
+    await client.optim_step()
+    call = asyncio.create_task(client.forward_backward(data[:1], PLAIN))
+    await asyncio.sleep(0)
+    assert client.share_done == 0.0, "of the call before"
+    await call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.trainer.data import Datum
 from mulligan.trainer.learner import learner as learner_module
 from mulligan.trainer.learner import model as model_module
+from mulligan.trainer.learner.batching import length
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.local import LocalLearner
 from mulligan.trainer.learner.metrics import merge
@@ -84,6 +86,40 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_calls(
     for name, gradient in gradients(whole).items():
         assert torch.allclose(gradients(split)[name], gradient, atol=1e-6)
         assert torch.allclose(gradients(calls)[name], gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_how_far_a_call_is_can_be_read_meanwhile(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharing: bool
+) -> None:
+    """Also of data that only run forward, which come last."""
+    learner = make(tiny, tmp_path, microbatch_tokens=50)
+    monkeypatch.setattr(learner.model, "shares_prefixes", sharing)
+    seen: list[tuple[int, int]] = []
+    inner = learner.model.whole_pass
+
+    def observed(run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        seen.append(learner.progress)
+        return inner(run)
+
+    monkeypatch.setattr(learner.model, "whole_pass", observed)
+    data = [*many(20), *(replace(datum, datum_id=f"still-{datum.datum_id}", weight=0.0) for datum in many(5))]
+    total = sum(length(datum) for datum in data)
+    for call in (lambda: learner.forward_backward(data, PLAIN), lambda: learner.forward(data)):
+        seen.clear()
+        call()
+        assert {of for _, of in seen} == {total} and learner.progress == (0, 0)
+        done = [one for one, _ in seen]
+        assert len(done) > 3 and done == sorted(set(done)) and done[0] == 0 < done[-1] < total
+    seen.clear()
+
+    def fails(run: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(learner.model, "whole_pass", fails)
+    with pytest.raises(RuntimeError):
+        learner.forward_backward(data, PLAIN)
+    assert learner.progress == (0, 0)
 
 
 def test_data_that_cannot_move_the_weights_leave_no_gradient(tiny: Path, tmp_path: Path) -> None:
@@ -212,7 +248,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny: Path, tmp_path: Path
     before = learner.forward([sampled()])
     learner.forward_backward([sampled(weight=1e300)], PLAIN)
     metrics = learner.optim_step()
-    assert metrics["skipped"] == 1 and not math.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == metrics["not_finite"] == 1 and not math.isfinite(metrics["grad_norm"])
+    assert learner.optim_step() | {"grad_norm": 0} == metrics | {"grad_norm": 0, "not_finite": 0}, "nothing accumulated"
     assert learner.forward([sampled()]) == before and learner.optimizer_steps == 0
     learner.forward_backward([sampled()], PLAIN)
     assert learner.optim_step()["skipped"] == 0  # nothing of the bad gradient is left
@@ -247,7 +284,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(tiny: Path, tmp_path: Path, mo
     learner.forward_backward([sampled()], PLAIN)
     monkeypatch.undo()
     metrics = learner.optim_step()
-    assert metrics["skipped"] == 1 and math.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == metrics["not_finite"] == 1 and math.isfinite(metrics["grad_norm"])
     assert learner.forward([sampled()]) == before
     learner.forward_backward([sampled()], PLAIN)
     assert learner.optim_step()["skipped"] == 0
