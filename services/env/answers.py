@@ -166,6 +166,12 @@ def values(text: str) -> list[str]:
     return [match[0].translate(_PLAIN) for match in _VALUE.finditer(_simple(text))]
 
 
+def stated_value(text: str) -> str:
+    """The number or fraction that a text without thoughts says its answer is, as in "The answer is 8. I took 2 steps.";
+    else the last; "" if there is none."""
+    return _value(_VALUE, text)
+
+
 def one_value(text: str) -> str:
     """As `values`, of a text that is one number or fraction and nothing else; else ""."""
     match = _VALUE.fullmatch(_simple(text).strip())
