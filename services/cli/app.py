@@ -17,6 +17,7 @@ from mulligan.cli.doctor import doctor
 from mulligan.cli.env import env
 from mulligan.cli.evaluate import evaluate
 from mulligan.cli.experiences import experiences
+from mulligan.cli.export import export
 from mulligan.cli.html_report import report
 from mulligan.cli.learners import learners
 from mulligan.cli.memory import memory
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, up, doctor, train, watch, runs, stop, resume, experiences, report, ui, token):
+for command in (demo, up, doctor, train, watch, runs, stop, resume, experiences, export, report, ui, token):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -29,6 +29,9 @@ from mulligan.trainer.estimate.work import (
 )
 from mulligan.trainer.settings import ALGORITHMS, RunSettings
 
+# The limits of prompts under which the paper trained in these environments (arXiv 2602.13949), in tokens.
+PUBLISHED_PROMPTS = {"frozenlake": 6114, "sokoban": 6114, "hotpotqa": 8192}
+_PROMPT = 1024  # elsewhere
 _COUNTS = (1, 2, 8)  # GPUs
 _QUIET_SECONDS = 5.0  # without a terminal
 _USABLE = 0.9  # of a GPU's memory: CUDA, NCCL and fragmentation take some
@@ -53,7 +56,8 @@ class Assumptions(BaseModel):
     gpu: Literal["a100", "h100", "h200"] = "h100"
     utilisation: float = Field(0.25, gt=0, le=1)  # of the peak
     microbatch_tokens: int = Field(4096, ge=1)  # of the trainer's settings
-    prompt_tokens: int = Field(1024, ge=1)  # of a sequence, all that is not sampled
+    # Of a sequence, all that is not sampled; None: the published limit of the environment, else 1,024.
+    prompt_tokens: int | None = Field(None, ge=1)
     turns: int | None = Field(None, ge=1)  # of an episode; None: the environment's limit
 
 
@@ -79,10 +83,11 @@ def dry_run(settings: RunSettings, assumed: Assumptions) -> None:
             plays: Played | None = getattr(ALGORITHMS.find(settings.algorithm.name), "PLAYS", None)
     except (UnknownShape, UnsupportedModel, DomainError) as error:
         fail(error, 2)
-    step = step_tokens(settings, plays or Played(1), turns=turns, prompt=assumed.prompt_tokens, context=shape.context)
+    prompt = assumed.prompt_tokens or PUBLISHED_PROMPTS.get(settings.environment, _PROMPT)
+    step = step_tokens(settings, plays or Played(1), turns=turns, prompt=prompt, context=shape.context)
     _say_what(settings, assumed, shape, training, source)
     _say_memory(shape, training, max(assumed.microbatch_tokens, step.longest))
-    _say_assumed(assumed, turns, settings.environment)
+    _say_assumed(assumed, turns, prompt, settings.environment)
     if plays is None:
         show(f"Of {settings.algorithm.name} one episode in each rollout is counted; it may train on more.")
     show()
@@ -125,15 +130,17 @@ def _fitting(name: str, gpu: Gpu, found: Sequence[Memory]) -> str:
     return f"{name}: {' or '.join(fits) or 'none of these'}"
 
 
-def _say_assumed(assumed: Assumptions, turns: int, environment: str) -> None:
+def _say_assumed(assumed: Assumptions, turns: int, prompt: int, environment: str) -> None:
     gpu = GPUS[assumed.gpu]
     show("Assumed, and changed by --assume NAME=VALUE:")
     whose = "" if assumed.turns else f", the limit of {environment}"
+    known = f", the published limit of {environment}" if environment in PUBLISHED_PROMPTS else "; not known here"
+    limit = "" if assumed.prompt_tokens else known
     for name, said in {
         "gpu": f"{gpu.name}, {gpu.bfloat16 / 1e12:g} TFLOPS in bfloat16, {gpu.float32 / 1e12:g} in float32",
         "utilisation": f"{assumed.utilisation:g} of that peak, in all passes; several GPUs divide the work evenly",
         "microbatch_tokens": f"{assumed.microbatch_tokens:,}; a longer sequence is computed alone",
-        "prompt_tokens": f"{assumed.prompt_tokens:,} of a sequence are not sampled",
+        "prompt_tokens": f"{prompt:,} of a sequence are not sampled{limit}",
         "turns": f"{turns} in an episode{whose}",
     }.items():
         show(f"  {name} = {said}")

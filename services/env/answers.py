@@ -14,18 +14,43 @@ _FENCE = "```"
 _BOX = "\\boxed{"
 _MARKS = re.compile(r"<(?P<closes>/)?answer>", re.IGNORECASE)
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
-_LEAD = re.compile(r"\banswer(?:[ ]is\b:?|[ ]?[:=])", re.IGNORECASE)
+_LEAD = re.compile(r"\banswer[*_]*(?:[ ]is\b[ ]?:?|[ ]?[:=])", re.IGNORECASE)
+# What may stand before "answer is" in its sentence where other lines follow: "To find the answer: …" says none.
+_OPENING = re.compile(
+    r"(?:^|[.!?:;][*_\"]*\s+)\W*(?:(?:so|thus|hence|then|therefore)\b,?\s)?(?:I\s\w+\s(?:that\s)?)?"
+    r"(?:(?:the|my|our)\s)?(?:(?:final|correct|right)\s)?\W*$",
+    re.IGNORECASE,
+)
+_OPENING_LENGTH = 60
+# How what is said to be the answer begins if that is a number; else the last number is read.
+_NUMBER_COMES = re.compile(
+    r"\W*(?:(?:about|approximately|roughly|exactly|just|only|equal to)\W+)?(?:[A-Za-z]\w*[ ]?=\W*)?[0-9]", re.IGNORECASE
+)
+# How a line may begin that says the answer in other words; read in the last line alone.
+_BEGIN = re.compile(
+    r"\W*(?:(?:so|thus|hence|then|therefore)\b,?[ ])?"
+    r"(?:(?:it|this|that|the[ ](?:result|solution|output))[ ](?:is\b|=)|(?:it|that)['’]s\b)[ ]?:?",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(r"(?<=[.!?])[*_\"]*\s")  # the end of one, with another behind it
+_EQUALS = re.compile(r"(?<![=<>!:])=(?!=)")
+_EDGES = ' *_`$"'  # marks around an answer
 # 1,234.5 is one number, and 1,2 are two. A minus after a digit or a bracket is a subtraction.
 _DIGITS = r"(?:[0-9]{1,3}(?:[,'’_\u00a0\u202f][0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_NUMBER = re.compile(
-    rf"(?:(?<![^\W_])(?<![)\]}}])[-+\u2212])?(?<![^\W_])(?<![0-9]\.)(?:{_DIGITS})(?:[eE][-+]?[0-9]+)?(?![0-9])"
+# Between a sign and its number there may be a currency, and a space if only a sign can stand there: "= - 8".
+_CURRENCY = r"(?:\\?[$€£])?"
+_SIGN = (
+    rf"(?:(?<![^\W_])(?<![)\]}}])[-+\u2212\u2013]{_CURRENCY}"
+    rf"|(?:(?<==)|(?<==[ ])|(?<=[(\[{{]))[-+\u2212\u2013][ ]{_CURRENCY})?"
 )
-_FRACTION = re.compile(r"(?:(?<![^\W_])(?<![)\]}])[-+\u2212])?(?<![^\W_])[0-9]+[ ]?/[ ]?[0-9]+")
+_NUMBER = re.compile(rf"{_SIGN}(?<![^\W_])(?<![0-9]\.)(?:{_DIGITS})(?:[eE][-+]?[0-9]+)?(?![0-9])")
+_FRACTION = re.compile(rf"{_SIGN}(?<![^\W_])[0-9]+[ ]?/[ ]?[0-9]+")
+_HEX = re.compile(rf"{_SIGN}(?<![^\W_])0[xX][0-9a-fA-F]+(?![^\W_])")
 _VALUE = re.compile(f"{_FRACTION.pattern}|{_NUMBER.pattern}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_PLAIN = str.maketrans({**dict.fromkeys(",'’_\u00a0\u202f "), "\u2212": "-"})
+_PLAIN = str.maketrans({**dict.fromkeys(",'’_\u00a0\u202f \\$€£"), "\u2212": "-", "\u2013": "-"})
 # A letter that stands for a choice: in brackets, before a mark or the end of its line, or after a word such as
 # "answer". So the article in "A cow" is none.
 _LETTER = re.compile(
@@ -37,7 +62,8 @@ _EXPONENT_OF_A_UNIT = re.compile(r"(?<=[A-Za-z}])\^(?:[0-9]|\{[0-9]\})")
 
 class AnswerFormat(StrEnum):
     """What of an agent's text is its answer. With `auto` it is the text between <answer> and </answer>, else in the
-    last box, else the last number if a number is expected, else the last line."""
+    last box, else behind an <answer> that nothing closes, else behind the last "The answer is", else the last number if
+    a number is expected, else the last line."""
 
     AUTO = "auto"
     TAG = "tag"
@@ -95,20 +121,23 @@ def boxed(answer: str) -> str | None:
 
 def read_answer(answer: str, expected: str = "", how: AnswerFormat = AnswerFormat.AUTO) -> str:
     """The answer in this format; "" if there is none. `expected` is the right answer if known. If that is a number or a
-    fraction, the last one in what the format reads is returned; the value of `expected` has no influence."""
+    fraction, one is returned: what the text says that the answer is, else the last one. Of other answers `expected`
+    says the form alone: lines, a period, marks around it. Its value has no influence."""
     said = without_thoughts(answer)
     if how is AnswerFormat.CHOICE:
         return last_letter(said)
-    pattern = next((kind for kind in (_NUMBER, _FRACTION) if kind.fullmatch(expected.strip())), None)
+    pattern = next((kind for kind in (_NUMBER, _FRACTION, _HEX) if kind.fullmatch(expected.strip())), None)
     if how is AnswerFormat.LAST_NUMBER:
         return _last(pattern or _NUMBER, said) or _last(_NUMBER, said)
-    found = _found(said, how)
+    auto = how is AnswerFormat.AUTO
+    if pattern is not None and how is AnswerFormat.LINE:
+        return _value(pattern, _last_line(said)) or _last_line(said)
+    found = _last_statement(_last_line(said), expected) if how is AnswerFormat.LINE else _found(said, how)
+    if found is None and auto:
+        found = _unclosed(said, expected)
     if pattern is not None:
-        text = said if found is None and how is AnswerFormat.AUTO else found or ""
-        return _last(pattern, text) or _last(_NUMBER, text) or found or ""
-    if found is None and how is AnswerFormat.AUTO:
-        return _last_statement(said, keep_period=expected.endswith("."))
-    return found or ""
+        return _value(pattern, said if found is None and auto else found or "") or found or ""
+    return _last_statement(said, expected) if found is None and auto else found or ""
 
 
 def normalize(text: str) -> str:
@@ -137,6 +166,12 @@ def values(text: str) -> list[str]:
     return [match[0].translate(_PLAIN) for match in _VALUE.finditer(_simple(text))]
 
 
+def stated_value(text: str) -> str:
+    """The number or fraction that a text without thoughts says its answer is, as in "The answer is 8. I took 2 steps.";
+    else the last; "" if there is none."""
+    return _value(_VALUE, text)
+
+
 def one_value(text: str) -> str:
     """As `values`, of a text that is one number or fraction and nothing else; else ""."""
     match = _VALUE.fullmatch(_simple(text).strip())
@@ -155,12 +190,49 @@ def _tagged(said: str) -> str | None:
     return said[found:closed].strip() if found is not None else None
 
 
+def _unclosed(said: str, expected: str) -> str | None:
+    """The text behind an <answer> that nothing closes, if it can be all of an answer; engines leave out a </answer>
+    that they stop at."""
+    marks = list(_MARKS.finditer(said))
+    if not marks or marks[-1]["closes"]:
+        return None
+    rest = said[marks[-1].end() :].strip()
+    return rest if rest and ("\n" in expected or "\n" not in rest) else None
+
+
 def _found(said: str, how: AnswerFormat) -> str | None:
-    """The text that a format with marks or lines reads; None if its marks are missing."""
-    if how is AnswerFormat.LINE:
-        return _last_statement(said, keep_period=False)
+    """The text that a format with marks reads; None if its marks are missing."""
     tagged = _tagged(said) if how is not AnswerFormat.BOXED else None
     return _boxed(said) if tagged is None and how is not AnswerFormat.TAG else tagged
+
+
+def _value(pattern: re.Pattern[str], text: str) -> str:
+    """The number that the text says its answer is, as in "The answer is 9 - 1 = 8. I took 2 steps."; else the last."""
+    stated = _simple(_stated(text))
+    if _NUMBER_COMES.match(stated):
+        right_side = _SENTENCE.split(stated, maxsplit=1)[0].rpartition("=")[2]
+        for kind in (pattern, _NUMBER):
+            if found := kind.search(right_side) or kind.search(stated):
+                return found[0].translate(_PLAIN)
+    return _last(pattern, text) or _last(_NUMBER, text)
+
+
+def _stated(text: str, *, lines: bool = False) -> str:
+    """What stands behind the last "answer is": the rest of its line, the next line, or the first one of a fenced block;
+    with `lines`, the whole block or all up to an empty line. "" if nothing does."""
+    text = text.strip()
+    last_line = text.rfind("\n") + 1
+    leads = [lead.end() for lead in _LEAD.finditer(text) if lead.start() >= last_line or _opens(text, lead.start())]
+    rest = text[leads[-1] :].lstrip(" *\n") if leads else ""
+    if rest.startswith(_FENCE):
+        rest = rest.partition("\n")[2].partition(_FENCE)[0].strip("\n")
+    return rest.split("\n\n" if lines else "\n", maxsplit=1)[0]
+
+
+def _opens(text: str, place: int) -> bool:
+    """Whether a sentence begins with the "answer" at this place, apart from words such as "So my final"."""
+    line = text.rfind("\n", max(0, place - _OPENING_LENGTH), place) + 1
+    return _OPENING.search(text[max(line, place - _OPENING_LENGTH, 0) : place]) is not None
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str:
@@ -176,15 +248,37 @@ def _simple(text: str) -> str:
     return plain.replace("{,}", ",").replace("\\,", "").replace("\\!", "")
 
 
-def _last_statement(text: str, *, keep_period: bool) -> str:
-    """The last line; in a line such as "The answer is x." only x."""
+def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
-    line = lines[-1].strip() if lines else ""
-    leads = [lead.end() for lead in _LEAD.finditer(line)]
-    stated = line[leads[-1] :].strip(" *_") if leads else ""
+    return lines[-1].strip() if lines else ""
+
+
+def _last_statement(text: str, expected: str) -> str:
+    """What the last "answer is" says; without one the last line, if `expected` is known without a begin such as "So it
+    is". The last paragraph, if `expected` has several lines."""
+    lines = "\n" in expected.strip()
+    last = text.strip().rpartition("\n\n")[2] if lines else _last_line(text)
+    stated = _stated(text, lines=lines)
     if not stated:
-        return line
-    return stated if keep_period else stated.removesuffix(".").strip(" *_")
+        begin = _BEGIN.match(last) if expected and not _BEGIN.match(expected) else None
+        stated = last[begin.end() :] if begin is not None else last
+    return _without_marks(_alone(stated, expected), expected) or last
+
+
+def _alone(stated: str, expected: str) -> str:
+    """Without further sentences and the left side of an equation, unless such an answer is expected."""
+    if not expected or "\n" in expected:
+        return stated
+    if not _SENTENCE.search(expected):
+        stated = _SENTENCE.split(stated, maxsplit=1)[0]
+    return stated if _EQUALS.search(expected) else _EQUALS.split(stated)[-1]
+
+
+def _without_marks(text: str, expected: str) -> str:
+    """Without emphasis, quotes, signs of formulas and a period at its ends, but for those of `expected`."""
+    own = {edge for line in expected.splitlines() for edge in (line[:1], line[-1:])} or {'"'}  # unknown: as in 5'2"
+    marks = "".join(mark for mark in _EDGES if mark not in own)
+    return text.lstrip(marks).rstrip(marks if expected.endswith(".") else f"{marks}.")
 
 
 def _boxed(said: str) -> str | None:

@@ -7,6 +7,8 @@ What the run goes on with has checksums (`mulligan.common.state_files`). The sum
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -35,6 +37,8 @@ _ADVICE_ENVIRONMENT = (
     "The run compares the environment with it: put a copy of the file back and resume the run; or remove the file, and "
     "the run goes on in the environment as it is now."
 )
+_DEPTH = 4  # folders below the one that is looked through, in which a run may lie
+_SKIPPED = {"journal", "weights", "checkpoints", "policy", "logs", "node_modules"}
 
 
 class RunState(StrEnum):
@@ -129,3 +133,18 @@ class RunFolder:
         content = msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n"
         with writing_to(path.parent, len(content)):
             replace(path, content)
+
+
+def run_folders(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """The folders of runs: `folder`, if it is one, else those below it."""
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        return
+    if any(entry.name == "run.json" for entry in inside):
+        yield folder
+    elif depth:
+        for entry in inside:
+            if entry.name not in _SKIPPED and not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                yield from run_folders(Path(entry.path), depth - 1)

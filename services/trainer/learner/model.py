@@ -64,7 +64,7 @@ class PolicyModel:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._reference: Any = None
         self._kept = torch.float32 if settings.lora is None else self.dtype
-        base, tokenizer = self._ranks.together(partial(_load, settings, self._kept))
+        base, tokenizer = self._ranks.together(partial(load_source, settings, self._kept))
         self.fingerprint = model_fingerprint(base, tokenizer)
         self.limits = ModelLimits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
         self._probe_sequences = _probe_sequences(tokenizer, self.limits, settings.source)
@@ -73,7 +73,7 @@ class PolicyModel:
         self.base = sharding.moved(base.eval(), device, self._ranks)
         self._tree_kernel = self._share_prefixes(attention)
         self.shares_prefixes = self._tree_kernel is not None
-        self.adapter = None if settings.lora is None else _attach(self.base, settings.lora, seed).eval()
+        self.adapter = None if settings.lora is None else attach(self.base, settings.lora, seed).eval()
         if gradient_checkpointing:
             with self._autocast():
                 _checkpoint_layers(self.base, settings.source)
@@ -155,7 +155,7 @@ class PolicyModel:
                 yield self.base
         else:
             if self._reference is None:
-                initial, _ = self._ranks.together(partial(_load, self.settings, self._kept))
+                initial, _ = self._ranks.together(partial(load_source, self.settings, self._kept))
                 self._reference = sharding.moved(initial.eval().requires_grad_(False), self.device, self._ranks)
                 if self._tree_kernel is not None:
                     tree_attention.enable(self._reference, self._tree_kernel)
@@ -263,7 +263,7 @@ def _distinct_names(model: Any) -> list[str]:
     return list(names.values())
 
 
-def _load(settings: TrainedModelSettings, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_source(settings: TrainedModelSettings, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer. Raises DomainError MODEL_NOT_FOUND, or UNSUPPORTED_MODEL, which says which file is wrong."""
     disable_progress_bar()  # it would fill the log
     source = settings.source
@@ -324,7 +324,7 @@ def _context_length(config: Any) -> int:
     return int(config.get_text_config().max_position_embeddings)
 
 
-def _attach(base: Any, settings: LoraSettings, seed: int) -> PeftModel:
+def attach(base: Any, settings: LoraSettings, seed: int) -> PeftModel:
     """Adds LoRA to `base` in place. The adapter's random initial weights depend on the seed only."""
     alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
     config = LoraConfig(

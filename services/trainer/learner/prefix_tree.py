@@ -8,6 +8,8 @@ Attention has two ways to compute a tree (`tree_attention`). One needs chunks: n
 computed at once. The keys of a chunk are the path that leads to it and its own nodes, so the cost does not grow with
 the square of the number of nodes. The other needs to know which squares of the mask of all nodes are empty, and which
 full.
+
+A layer may have a window: then a node attends only to those ancestors that are less than so many tokens before it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ Nodes = NDArray[np.int64]
 
 # A chunk ends with the sequence that brings it to so many nodes. Small ones cost calls, large ones masked pairs.
 CHUNK_TOKENS = 128
+WINDOW_TOKENS = 1024  # nodes of a chunk at most, where a window hides some: its keys are the window and they
 BLOCK_TOKENS = 128  # of a square of the mask: FlexAttention's own size
 _TOKEN_BYTES = 4
 
@@ -109,7 +112,10 @@ class PrefixTree:
 
     starts: tuple[Start, ...]
     ends_T: Nodes
+    depths_T: Nodes
     device: torch.device
+    _chunks: dict[int, Chunks] = field(default_factory=dict)
+    _blocks: dict[int, BlockMask] = field(default_factory=dict)
 
     @property
     def is_sequence(self) -> bool:
@@ -117,17 +123,36 @@ class PrefixTree:
         return len(self.starts) == 1
 
     @cached_property
-    def in_chunks(self) -> Chunks:
-        return _in_chunks(list(_ranges(self.starts, len(self.ends_T))), self.ends_T, self.device)
+    def length(self) -> int:
+        """Of its longest sequence. A window that is not shorter hides nothing."""
+        return int(self.depths_T.max()) + 1
 
-    @cached_property
-    def block_mask(self) -> BlockMask:
-        """The mask of all nodes, for FlexAttention. torch's `create_block_mask` finds the same blocks, from a mask of
-        nodes × nodes, which would take gigabytes."""
-        ends = torch.from_numpy(self.ends_T).to(self.device)
+    def in_chunks(self, window: int | None = None) -> Chunks:
+        width = min(window or self.length, self.length)
+        if width not in self._chunks:
+            ranges = list(_ranges(self.starts, len(self.ends_T)))
+            if width < self.length:
+                ranges = [piece for one in ranges for piece in _pieces(one, self.ends_T, self.depths_T, width)]
+            self._chunks[width] = _in_chunks(ranges, self.ends_T, self.depths_T, width, self.device)
+        return self._chunks[width]
+
+    def block_mask(self, window: int | None = None) -> BlockMask:
+        """The mask of all nodes, for FlexAttention. torch's `create_block_mask` finds the same blocks without a window,
+        from a mask of nodes × nodes, which would take gigabytes. With one, blocks may be listed that the window empties
+        or fills."""
+        width = min(window or self.length, self.length)
+        if width not in self._blocks:
+            self._blocks[width] = self._block_mask(width)
+        return self._blocks[width]
+
+    def _block_mask(self, width: int) -> BlockMask:
+        ends, depths = (torch.from_numpy(each).to(self.device) for each in (self.ends_T, self.depths_T))
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & (query < ends[key])
+
+        def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (query < ends[key]) & (depths[query] - depths[key] < width)
 
         size = len(self.ends_T)
         firsts = np.arange(0, size, BLOCK_TOKENS)
@@ -135,8 +160,13 @@ class PrefixTree:
         earlier = firsts < firsts[:, None]  # rows are blocks of queries, columns are blocks of keys
         full = earlier & (least >= firsts[:, None] + BLOCK_TOKENS)
         some = earlier & (greatest > firsts[:, None]) | np.eye(len(firsts), dtype=bool)
+        if width < self.length:
+            shallow, deep = (each.reduceat(self.depths_T, firsts) for each in (np.minimum, np.maximum))
+            full &= deep[:, None] - shallow < width
+            some &= shallow[:, None] - deep < width
         partly, wholly = (_listed(blocks, self.device) for blocks in (some & ~full, full))
-        return BlockMask.from_kv_blocks(*partly, *wholly, BLOCK_TOKENS, visible, (size, size))
+        mask = visible if width == self.length else near
+        return BlockMask.from_kv_blocks(*partly, *wholly, BLOCK_TOKENS, mask, (size, size))
 
 
 def _listed(blocks: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -181,8 +211,9 @@ def lay_out(keys: Sequence[bytes], device: torch.device) -> Layout:
     ends = np.full(size, size)
     for nodes, end in branched:
         ends[nodes] = end
-    tree = PrefixTree(tuple(starts), ends, device)
-    return Layout(np.concatenate(tokens).astype(np.int64), np.concatenate(depths), tuple(paths), tree)
+    depths_T = np.concatenate(depths)
+    tree = PrefixTree(tuple(starts), ends, depths_T, device)
+    return Layout(np.concatenate(tokens).astype(np.int64), depths_T, tuple(paths), tree)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,17 +244,32 @@ def _ranges(starts: Sequence[Start], size: int) -> Iterator[_Range]:
             first = index + 1
 
 
-def _in_chunks(ranges: Sequence[_Range], ends_T: Nodes, device: torch.device) -> Chunks:
+def _pieces(one: _Range, ends_T: Nodes, depths_T: Nodes, width: int) -> Iterator[_Range]:
+    """The range in pieces of at most WINDOW_TOKENS nodes. Each has the end of its path that a window of `width` tokens
+    shows. A node's ancestors before a piece are ancestors of the first node of the piece, too."""
+    for begin in range(one.begin, one.end, WINDOW_TOKENS):
+        path = np.concatenate((one.path, np.arange(one.begin, begin)))
+        path = path[ends_T[path] > begin]
+        end = min(begin + WINDOW_TOKENS, one.end)
+        shallowest = int(depths_T[begin:end].min())
+        yield _Range(begin, end, path[depths_T[path] > shallowest - width], one.branches)
+
+
+def _in_chunks(ranges: Sequence[_Range], ends_T: Nodes, depths_T: Nodes, width: int, device: torch.device) -> Chunks:
     chunks: list[Chunk] = []
     queries: list[Nodes] = []
     keys: list[Nodes] = []
     for one in ranges:
         own = np.arange(one.begin, one.end)
         keys.append(np.concatenate((one.path, own)))
-        queries.append(keys[-1] if one.causal else own)
+        near = int(depths_T[own].max()) - int(depths_T[keys[-1]].min()) < width
+        causal = one.causal and near
+        queries.append(keys[-1] if causal else own)
         mask_QK = None
-        if not one.causal:
+        if not causal:
             visible = (keys[-1] <= own[:, None]) & (own[:, None] < ends_T[keys[-1]])
+            if not near:
+                visible &= depths_T[own][:, None] - depths_T[keys[-1]] < width
             mask_QK = torch.from_numpy(visible).to(device)
         chunks.append(Chunk(len(queries[-1]), len(keys[-1]), len(queries[-1]) - len(own), mask_QK))
     return Chunks(tuple(chunks), _index(queries, len(ends_T), device), _index(keys, len(ends_T), device))

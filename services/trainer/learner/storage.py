@@ -91,13 +91,17 @@ def _sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, StoredTensors], CheckpointState]:
-    """Opens a checkpoint and verifies its hashes. Raises DomainError CHECKPOINT_NOT_FOUND, or CHECKPOINT_MISMATCH when
-    it is damaged."""
+def load_checkpoint(
+    folder: Path, only: Collection[str] | None = None
+) -> tuple[dict[str, StoredTensors], CheckpointState]:
+    """Opens a checkpoint, or the parts `only` of it, and verifies their hashes. Raises DomainError
+    CHECKPOINT_NOT_FOUND, or CHECKPOINT_MISMATCH when it is damaged."""
     manifest = _manifest(folder)
     parts: dict[str, StoredTensors] = {}
     try:
         for part, entry in manifest["files"].items():
+            if only is not None and part not in only:
+                continue
             path = folder / entry["file"]
             if path.parent != folder or file_sha256(path) != entry["sha256"]:
                 raise damaged(folder.name, f"{entry['file']} is not what was saved")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.language_model import compare, curves, page
+from benchmarks.language_model import compare, curves, page, verdict
 from benchmarks.methods import draw
 
 
@@ -49,6 +49,29 @@ def test_the_claim_is_of_means() -> None:
     claim = compare(ARMS)
     means = [claim[f"short_sentences_{arm}"] for arm in ("untrained", "rlvr", "erl")]
     assert means == pytest.approx([0.2, 0.6, 0.9]) and claim["seeds"] == {"untrained": 3, "rlvr": 2, "erl": 2}
+
+
+def test_the_page_says_what_the_seeds_show_and_what_they_do_not() -> None:
+    # RLVR ends at 0.4 and 0.8: 12.706 * sqrt(0.08 / 2 + 0.01 / 3) = 2.646
+    assert verdict(ARMS) in page(ARMS)
+    assert "RLVR ends at 0.60, the untrained model at 0.20: a difference of +0.40 ± 2.64, so these seeds" in verdict(
+        ARMS
+    )
+    assert verdict(ARMS).endswith(
+        "ERL ends at 0.90, RLVR at 0.60: a difference of +0.30 ± 2.54, so these seeds do not show which is better."
+    )
+    more = {
+        **ARMS,
+        "untrained": [untrained(0.2)] * 5,
+        "rlvr": [trained((0, 0.2), (9, 0.1 + n / 500)) for n in range(5)],
+    }
+    more["erl"] = [trained((0, 0.2), (9, 0.9 + n / 500)) for n in range(5)]
+    assert "the untrained model at 0.20: a difference of -0.10 ± 0.00, so the untrained model is better." in verdict(
+        more
+    )
+    assert "RLVR at 0.10: a difference of +0.80 ± 0.01, so ERL is better." in verdict(more)
+    alone = {arm: results[:1] for arm, results in ARMS.items()}
+    assert "with a single seed nothing says how much of that is chance" in verdict(alone)
 
 
 def test_the_chart_has_a_flat_line_for_the_untrained_model(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.learner import rollouts
+from benchmarks.learner import __main__ as main
+from benchmarks.learner import peak, rollouts
 from benchmarks.learner.batches import ERL_DEMO, ERL_DEMO_LM, recorded
 from benchmarks.learner.with_trl import inputs
 from mulligan.trainer.data import Distillation, ModelLimits, PolicyGradient
@@ -40,6 +41,15 @@ def test_trl_is_given_the_same_tokens_and_trains_the_same_of_them() -> None:
         trained = [token for token, mask in zip(datum.token_ids, datum.loss_mask, strict=True) if mask]
         assert given["completion_ids"][row][trained_BC[row]].tolist() == trained
     assert given["num_items_in_batch"] == sum(sum(datum.loss_mask) for datum in data)
+
+
+def test_the_ratio_of_grpc_is_of_equal_work() -> None:
+    """Both sides take the optimizer's step."""
+    ways = (main.TRL, main.BARE, main.OURS, main.SEPARATE, main.STEPPED, main.REMOTE)
+    rates = {way: [float(rate)] for way, rate in zip(ways, (10, 20, 40, 20, 32, 24), strict=True)}
+    memory = {f"{way}, {kind}": 1 for way in (peak.OURS, peak.TRL) for kind in ("full", "LoRA")}
+    found = main.report({"erl-demo": rates}, memory)
+    assert (found["grpc_ratio"], found["bare_ratio"], found["prefix_ratio"]) == (0.75, 2.0, 2.0)
 
 
 def test_whole_trainings_are_compared_round_by_round() -> None:

@@ -12,7 +12,7 @@ from mulligan.cli.app import app
 from mulligan.cli.recipes import RECIPES
 from mulligan.trainer.estimate.shapes import KNOWN
 
-PAPER = ("frozenlake-paper", "--assume", "prompt_tokens=6114")
+PAPER = ("frozenlake-paper",)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,22 @@ def test_lora_needs_less() -> None:
 def test_assumptions_change_the_estimate() -> None:
     slow = dry_run(*PAPER, "--assume", "gpu=a100", "--assume", "turns=4", "--assume", "microbatch_tokens=20000").stdout
     assert "NVIDIA A100" in slow and "turns = 4 in an episode\n" in slow and "20,000 tokens at once" in slow
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*-paper*.toml")))
+def test_recipes_of_the_paper_have_its_prompts(recipe: str) -> None:
+    """As the comment of the recipe says."""
+    (published,) = re.findall(r"limits are ([0-9,]+) tokens of prompt", (RECIPES / f"{recipe}.toml").read_text())
+    environment = recipe.partition("-")[0]
+    found = dry_run(recipe).stdout
+    assert f"prompt_tokens = {published} of a sequence are not sampled, the published limit of {environment}" in found
+    assert (
+        "prompt_tokens = 77 of a sequence are not sampled\n" in dry_run(recipe, "--assume", "prompt_tokens=77").stdout
+    )
+
+
+def test_elsewhere_the_length_of_prompts_is_said_to_be_unknown() -> None:
+    assert "prompt_tokens = 1,024 of a sequence are not sampled; not known here" in dry_run("frozenlake-3x3").stdout
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*-paper*.toml")))

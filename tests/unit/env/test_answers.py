@@ -19,7 +19,11 @@ from tests.support.effort import HOSTILE_CHARACTERS, LINEAR_TIME
         ("It is \\boxed{7}.", "7"),
         ("\\boxed{7} <answer>8</answer>", "8"),
         ("I add.\n\n 9 \n\n", "9"),
-        ("<answer>10", "<answer>10"),
+        ("<answer>10", "10"),  # an engine stopped at </answer> and left it out
+        ("It is <answer>\n10\n", "10"),
+        ("<answer>1</answer>, or <answer>10", "1"),
+        ("I write <answer> and then it.\n10", "10"),
+        ("\\boxed{7} <answer>10", "7"),
         ("11</answer>", "11</answer>"),
         ("", ""),
         (" \n ", ""),
@@ -41,6 +45,9 @@ def test_answers_are_read(text: str, answer: str) -> None:
         *(("8 apples", "8"), ("8km", "8"), ("8%", "8"), ("**8**", "8"), ("_8_", "8"), ("[8]", "8"), ("No.8", "8")),
         *(("of H2O 8 l", "8"), ("8 of H2O", "8"), (".5", ".5"), ("8.0.", "8.0"), ("1e-3", "1e-3"), ("2**3 = 8", "8")),
         *(("8 m^2", "8"), ("8 cm^{3}", "8"), ("2^3", "3")),
+        *(("9 - 17 = - 8", "-8"), ("x = \u2212 8", "-8"), ("(- 8)", "-8"), ("-$8", "-8"), ("= - $8", "-8")),
+        *(("\u20138", "-8"), ("-\\$8", "-8"), ("$-8$", "-8"), ("5\u20138", "8"), ("5-$8", "8"), ("9 - 8", "8")),
+        *(("I list:\n- 8", "8"), ("x - 8", "8"), ("The rest - 8 of them", "8")),
         *(("none", ""), ("", ""), ("x2", ""), ("-", "")),
     ],
 )
@@ -66,6 +73,37 @@ def test_the_last_number(text: str, number: str) -> None:
         ("The answer is Is it.", "It is.", "Is it."),
         ("The answer is", "red", "The answer is"),
         ("8 of them are\nblue", "red", "blue"),
+        # Behind "The answer is" the first number counts, or that of the right side; further sentences do not.
+        ("The answer is 8. I used 2 steps.", "7", "8"),
+        ("The answer is 9 - 1 = 8. I used 2 steps.", "7", "8"),
+        ("So the answer is about 8 km.\nI used 2 steps.", "7", "8"),
+        ("The answer is 9.\nNo: the answer is 8 of 9.", "7", "8"),
+        ("The answer is -$8, not 9.", "7", "-8"),
+        ("The answer is x = 3/4. I used 2 steps.", "1/2", "3/4"),
+        ("**Answer:**\n8\n(of 9)", "7", "8"),
+        ("To find the answer: first 3 + 4 = 7.\nThen 7 * 2 = 14", "7", "14"),
+        ("The answer is not 3.\nIt is 8", "7", "8"),
+        ("So x = 0x2f", "0x1", "0x2f"),
+        ("The answer is -0x2F. I used 2 steps.", "0x1", "-0x2F"),
+        ("It is 0x2g", "0x1", "0"),
+        ("**Answer**: blue", "red", "blue"),
+        ("The answer is `blue`.\n\nHope that helps!", "red", "blue"),
+        ("The answer is blue. Hope that helps!", "red", "blue"),
+        ("The answer is blue. Hope that helps!", "Is it. Yes", "blue. Hope that helps!"),
+        ("To find the answer: look at the table.\nblue", "red", "blue"),
+        ("I see.\nblue.", "red", "blue"),
+        ("I see.\n**blue**.", "red", "blue"),
+        ("So it is **blue**.", "red", "blue"),
+        ("It is raining", "It is dry", "It is raining"),
+        ("z = 3i - 2", "1i", "3i - 2"),
+        ("D=4,E=8", "A=1,B=2", "D=4,E=8"),
+        ("The answer is:\n```\n_ Q\nQ _\n```\nYes.", "Q _\n_ Q", "_ Q\nQ _"),
+        ("The answer is:\n1 2\n3 4\n\nYes.", "5 6\n7 8", "1 2\n3 4"),
+        ("I see.\n\n1 2\n3 4.", "5 6\n7 8", "1 2\n3 4"),
+        ("*", "red", "*"),
+        ("It is raining.", "", "It is raining"),  # of an unknown form
+        ("y = 2x", "", "y = 2x"),
+        ("5'2\"", "", "5'2\""),
     ],
 )
 def test_the_expected_answer_decides_what_kind_is_read(text: str, expected: str, answer: str) -> None:
@@ -80,7 +118,11 @@ def test_marks_go_before_boxes() -> None:
 
 @LINEAR_TIME
 @pytest.mark.parametrize(
-    "part", ["1,", "1,111", "1.", "-", "1e", "<answer>", "</answer>", "answer is ", "\\frac{1}{", "9 /"]
+    "part",
+    [
+        *("1,", "1,111", "1.", "-", "1e", "<answer>", "</answer>", "answer is ", "\\frac{1}{", "9 /", "0x", "= - "),
+        *("answer is\n", "answer: a", "the answer*", "-$", "a. ", "a=", "**", "so it is "),
+    ],
 )
 def test_time_is_linear_in_the_length_of_hostile_text(part: str) -> None:
     for expected in ("7", "1/2", "red"):

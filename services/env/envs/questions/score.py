@@ -20,6 +20,7 @@ from mulligan.env.answers import (
     normalize,
     one_value,
     read_answer,
+    stated_value,
     values,
 )
 
@@ -96,9 +97,11 @@ def _formula(text: str) -> str:
 
 
 def _read_number(reply: str, how: AnswerFormat) -> str:
-    """The number of an answer with marks or a line of its own, if there is just one after its last `=`; else the last
-    number."""
+    """The number of an answer with marks or a line of its own, if there is just one after its last `=`. Else, with
+    `auto`, the one that the reply says its answer is; else the last number."""
     found = marked(reply) if how is AnswerFormat.AUTO else read_answer(reply, how=how)
+    if found is None and how is AnswerFormat.AUTO:
+        return stated_value(without_thoughts(reply))
     if found is None or how is AnswerFormat.LAST_NUMBER:
         said = values(without_thoughts(reply))
         return said[-1] if said else ""

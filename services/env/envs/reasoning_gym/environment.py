@@ -3,7 +3,7 @@
 A task such as `train/chain_sum/00012` is an element of that dataset. Its seed depends on `seed`, split, dataset and
 number; train and test never share a seed. The reward is the dataset's own score of the answer, from 0 to 1. The setting
 `answer` is what of a reply is read. By default this is the text between <answer> and </answer>, else the last box, else
-the last number if the expected answer is a number, else the last line.
+what it says that "the answer is", else the last number if the expected answer is a number, else the last line.
 Questions and scores are made in separate processes; `process.py` says why. These import reasoning_gym when the first
 task starts, or at once if there are `settings` to check.
 
@@ -214,5 +214,5 @@ def create(name: str, settings: Settings) -> ReasoningGym:
 _TASK = "Answer a question."
 _FORMAT = """\
 Think first. Then give your final answer, and nothing else, between <answer> and </answer>. Without these marks your \
-last box, last number or last line is read. Where the question has an example, keep \
-strictly to its format. You have one attempt at it."""
+last box is read, else what you say that "the answer is", else your last number or line. Where the question has an \
+example, keep strictly to its format. You have one attempt at it."""

@@ -82,6 +82,18 @@ def sentences(answer: str) -> list[str]:
     if "\n" not in answer and answer == answer.strip(" *_"):
         end = "" if answer.endswith(".") else "."
         said += [f"I think so.\nThe answer is {answer}{end}", f"**Answer:** {answer}", f"The final answer is: {answer}"]
+        said += [f"I think so.\n**Answer**: {answer}", f"The answer is {answer}{end}\n\nHope that helps!"]
+        said += [
+            f"I think so.\n{answer}{end}",
+            f"I think so.\n<answer>{answer}",
+            f"The answer is:\n```\n{answer}\n```\nYes.",
+        ]
+        if not end:
+            said += [f"I think so.\n**{answer}**"]
+        else:
+            said += [f"I think so.\n**{answer}**.", f"I think so.\nSo it is {answer}."]
+        if "=" not in answer:
+            said += [f"So x = {answer}"]
     if answer.count("{") == answer.count("}") and "\\text" not in answer:
         said.append(f"So it is $\\boxed{{{answer}}}$.")
     if NUMBER.fullmatch(answer):
@@ -89,6 +101,8 @@ def sentences(answer: str) -> list[str]:
             f"It is 3, I mean {answer} metres.",
             f"9 - 1 = {answer}",
             f"12 of 3, so **{answer}**",
+            f"The answer is {answer}. I took 2 steps.",
+            f"So the answer is 7 - 2 = {answer}.\nI took 2 steps.",
         ]
     return said
 

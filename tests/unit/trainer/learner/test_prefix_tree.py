@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from mulligan.trainer.learner import prefix_tree as trees
 from mulligan.trainer.learner.prefix_tree import BLOCK_TOKENS, CHUNK_TOKENS, Layout, TreeSize
+from tests.support.effort import examples
 
 CPU = torch.device("cpu")
 Tokens = tuple[int, ...]
@@ -38,10 +39,10 @@ def laid_out(sequences: Sequence[Tokens]) -> Layout:
     return trees.lay_out([trees.key(tokens) for tokens in sequences], CPU)
 
 
-def attended(layout: Layout) -> list[list[int]]:
+def attended(layout: Layout, window: int | None = None) -> list[list[int]]:
     """The nodes that each node attends to, read off the chunks as attention reads them."""
     size = len(layout.token_ids_T)
-    tree = layout.tree.in_chunks
+    tree = layout.tree.in_chunks(window)
     queries = list(range(size)) if tree.queries_Q is None else tree.queries_Q.tolist()
     keys = list(range(size)) if tree.keys_K is None else tree.keys_K.tolist()
     found: list[list[int]] = []
@@ -74,7 +75,7 @@ def check(sequences: Sequence[Tokens]) -> None:
 def check_blocks(layout: Layout, seen: list[list[int]]) -> None:
     """The mask of FlexAttention is of the same nodes, and its blocks are those that torch finds in it."""
     size = len(seen)
-    blocks = layout.tree.block_mask
+    blocks = layout.tree.block_mask()
     places = torch.arange(size)
     zero = torch.zeros((), dtype=torch.int64)
     mask_TT = blocks.mask_mod(zero, zero, places[:, None], places)
@@ -83,6 +84,57 @@ def check_blocks(layout: Layout, seen: list[list[int]]) -> None:
     assert (blocks.shape, blocks.BLOCK_SIZE) == (expected.shape, expected.BLOCK_SIZE)
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
         assert torch.equal(getattr(blocks, name), getattr(expected, name)), name
+
+
+def check_window(sequences: Sequence[Tokens], window: int) -> None:
+    """Both ways of attention see the last `window` nodes of each path, and no others."""
+    layout = laid_out(sequences)
+    expected: list[list[int]] = [[]] * len(layout.token_ids_T)
+    for path in layout.paths:
+        for place, node in enumerate(path.tolist()):
+            expected[node] = path[max(0, place + 1 - window) : place + 1].tolist()
+    assert attended(layout, window) == expected
+    size = len(expected)
+    seen_TT = torch.zeros(size, size, dtype=torch.bool)
+    for node, keys in enumerate(expected):
+        seen_TT[node, keys] = True
+    blocks = layout.tree.block_mask(window)
+    places = torch.arange(size)
+    zero = torch.zeros((), dtype=torch.int64)
+    mask_TT = blocks.mask_mod(zero, zero, places[:, None], places)
+    found_TT = torch.zeros_like(seen_TT)
+    assert blocks.full_kv_indices is not None and blocks.full_kv_num_blocks is not None
+    for row in range(len(blocks.kv_num_blocks[0, 0])):
+        queries = slice(row * BLOCK_TOKENS, (row + 1) * BLOCK_TOKENS)
+        partly = blocks.kv_indices[0, 0, row, : int(blocks.kv_num_blocks[0, 0, row])].tolist()
+        wholly = blocks.full_kv_indices[0, 0, row, : int(blocks.full_kv_num_blocks[0, 0, row])].tolist()
+        for column in partly:
+            shown = slice(column * BLOCK_TOKENS, (column + 1) * BLOCK_TOKENS)
+            found_TT[queries, shown] = mask_TT[queries, shown]
+        for column in wholly:
+            found_TT[queries, column * BLOCK_TOKENS : (column + 1) * BLOCK_TOKENS] = True
+    assert torch.equal(found_TT, seen_TT)
+
+
+@given(SEQUENCES, st.integers(1, 9))
+def test_a_window_shows_the_nearest_ancestors(sequences: list[Tokens], window: int) -> None:
+    check_window(sequences, window)
+
+
+@settings(max_examples=examples(20), deadline=None)
+@given(st.data(), st.sampled_from([1, 2, CHUNK_TOKENS // 2, CHUNK_TOKENS + 1, 3 * CHUNK_TOKENS]))
+def test_so_it_is_over_several_chunks_and_pieces(data: st.DataObject, window: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trees, "WINDOW_TOKENS", data.draw(st.sampled_from([3, 100, trees.WINDOW_TOKENS])))
+        check_window(with_stems(data), window)
+
+
+def test_masks_of_a_window_do_not_grow_with_the_square_of_a_long_sequence() -> None:
+    """Two answers of 20,000 tokens, of which each token sees 500."""
+    layout = laid_out([(1, *[2] * 20_000), (1, *[3] * 20_000)])
+    masks = [chunk.mask_QK for chunk in layout.tree.in_chunks(500).chunks]
+    assert max(mask.numel() for mask in masks if mask is not None) <= trees.WINDOW_TOKENS * (trees.WINDOW_TOKENS + 500)
+    assert layout.tree.in_chunks(20_001) is layout.tree.in_chunks()
 
 
 @given(SEQUENCES)
@@ -119,13 +171,13 @@ def test_the_size_is_known_before_the_tree(sequences: list[Tokens]) -> None:
 
 def test_a_long_sequence_needs_no_mask() -> None:
     layout = laid_out([(1, *[2] * 5000), (1, *[3] * 5000), (1, 4)])
-    assert [chunk.mask_QK is None for chunk in layout.tree.in_chunks.chunks] == [True, True, True]
+    assert [chunk.mask_QK is None for chunk in layout.tree.in_chunks().chunks] == [True, True, True]
 
 
 def test_masks_grow_with_the_nodes_and_not_with_their_square() -> None:
     """1,000 answers of 20 tokens to a question of 300."""
     answers = [(*[1] * 300, index, *[2] * 20) for index in range(1000)]
-    masks = [chunk.mask_QK for chunk in laid_out(answers).tree.in_chunks.chunks]
+    masks = [chunk.mask_QK for chunk in laid_out(answers).tree.in_chunks().chunks]
     largest = (CHUNK_TOKENS + 20) * (CHUNK_TOKENS + 320)
     assert max(mask.numel() for mask in masks if mask is not None) <= largest
     assert len(masks) < 1.2 * 1000 * 21 / CHUNK_TOKENS

@@ -17,7 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+)
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
@@ -32,7 +42,7 @@ from mulligan.trainer.objectives.preference import Preference
 from mulligan.trainer.settings import LoraSettings
 from tests.support.effort import examples
 from tests.support.learning import FULL, LORA, PLAIN, many, sampled, server_settings, spec
-from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tiny_model
+from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_model, write_tiny_model
 
 ALL_TERMS = ppo.Settings(kl_coefficient=0.1, entropy_coefficient=0.01, kl_reference=KlReference.MOVING)
 
@@ -299,10 +309,81 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def test_a_window_is_named_and_falls_back_to_rows(tmp_path: Path) -> None:
-    """Also where it is wider than the sequences by which models are compared."""
-    model = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=40, bos_token_id=0, eos_token_id=1))
-    assert refused(model, tmp_path) == "mistral: its attention has sliding_window"
+def windowed(kind: str, window: int) -> Any:
+    """A model of random weights whose layers have a window: all of them, or every second one."""
+    kinds = ["sliding_attention", "full_attention"]
+    more: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "sliding_window": window}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        match kind:
+            case "mistral":
+                return MistralForCausalLM(MistralConfig(**SHAPE, **more, initializer_range=0.3))
+            case "olmo3":
+                return Olmo3ForCausalLM(Olmo3Config(**SHAPE, **more, layer_types=kinds, initializer_range=0.3))
+            case _:
+                config = Gemma3TextConfig(**SHAPE, **more, layer_types=kinds, head_dim=8, initializer_range=0.3)
+                return Gemma3ForCausalLM(config)
+
+
+@pytest.mark.usefixtures("flex_has_gradients")
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+@pytest.mark.parametrize("window", [1, 4, 60])
+@pytest.mark.parametrize("kind", ["mistral", "olmo3", "gemma3"])
+def test_layers_with_a_window_share_prefixes(tmp_path: Path, kind: str, window: int, attention: str) -> None:
+    """Narrower than what is shared, and wider than all. Against transformers' own masks, one sequence at a time. Their
+    norms compute in float32."""
+    folder = write_model(windowed(kind, window), tmp_path)
+    data = [replace(datum, objective=Distillation(1.0), branch="all") for datum in family(20)]
+    learner = in_float64(folder, tmp_path, attention=attention)
+    assert learner.model.shares_prefixes
+    found = learner.forward(data)
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+    expected = [own_log_probs(plain, datum) for datum in data]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other.tolist(), abs=1e-4)
+    metrics = learner.forward_backward(data, PLAIN)
+    assert metrics["computed_tokens"] < 0.8 * metrics["sequence_tokens"]
+    for datum, log_probs in zip(data, expected, strict=True):
+        (-datum.weight * log_probs.sum()).backward()
+    assert_equal(gradients(learner), {name: parameter.grad for name, parameter in plain.named_parameters()}, 1e-4)
+    (alike,) = family(1)
+    as_tree, as_row = (each.forward([alike])[0] for each in (learner, alone(learner)))
+    assert as_tree == pytest.approx(own_log_probs(plain, alike).tolist(), abs=1e-4)
+    assert as_row == pytest.approx(as_tree, abs=1e-8)
+
+
+def own_log_probs(model: Any, datum: Datum) -> Tensor:
+    """Of the trained tokens, by transformers alone."""
+    logits = model(input_ids=torch.tensor([datum.token_ids]), use_cache=False).logits[0] / datum.temperature
+    places = [place for place, trained in enumerate(datum.loss_mask) if trained]
+    found: Tensor = logits.log_softmax(-1)[
+        [place - 1 for place in places], [datum.token_ids[place] for place in places]
+    ]
+    return found
+
+
+def test_a_window_that_layers_do_not_tell_is_named() -> None:
+    model = windowed("olmo3", 4)
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None  # as a model whose masks alone have the window
+    with pytest.raises(tree_attention.NoSharing, match="1 of its layers have a window, and 0 say how wide"):
+        tree_attention.enable(model, "sdpa")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_kernel_that_ignores_windows_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sequences by which models are compared are shorter than a window."""
+    sdpa = tree_attention._KERNELS["sdpa"]
+    monkeypatch.setitem(tree_attention._KERNELS, "sdpa", lambda *given: sdpa(*given[:-1], None))
+    with pytest.raises(tree_attention.NoSharing, match="a window hides something else"):
+        tree_attention.enable(windowed("mistral", 40), "sdpa")
+
+
+def test_layers_of_other_kinds_are_named() -> None:
+    model = windowed("olmo3", 4)
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(tree_attention.NoSharing, match="it has layers of the kind linear_attention"):
+        tree_attention.enable(model, "sdpa")
 
 
 def test_a_model_that_computes_something_else_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
