@@ -73,7 +73,7 @@ BATCHES[3][0].extend(demanding())
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
     """Models are loaded in float64 and computed in it; transformers' norms compute in float32 otherwise."""
-    load = model_module._load
+    load = model_module.load_source
 
     def in_double(*arguments: Any) -> Any:
         model, tokenizer = load(*arguments)
@@ -85,7 +85,7 @@ def in_float64() -> Iterator[None]:
         return found
 
     with (
-        patch.object(model_module, "_load", in_double),
+        patch.object(model_module, "load_source", in_double),
         patch.object(model_module, "_check_head"),
         patch("transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm.forward", norm),
     ):
