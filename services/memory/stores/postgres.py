@@ -2,7 +2,7 @@
 
 Writes of all servers take turns: a lock of the database is held from the first statement of a write to its commit. So
 versions have no gaps, and pages follow the order of commits. A turn writes all that waits at its server. Reads run
-beside them, each in a transaction that sees one state. All of this runs on threads of its own.
+beside them, in a transaction that sees one state where that matters. All of this runs on threads of its own.
 
 Words and embeddings are searched by indexes in memory, as in other stores: PostgreSQL's ranking has no BM25, and an
 exact search by pgvector takes about ten times as long. Embeddings have pgvector's type, for other programs.
@@ -78,6 +78,7 @@ class PostgresStore(SqlStore):
         )
         _ask_idle_connections(self._engine)
         self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         try:
             _prepare(self._engine, self._name)
         except BaseException:
@@ -89,11 +90,12 @@ class PostgresStore(SqlStore):
     async def close(self) -> None:
         await self._worker.close()
 
-    async def _read(self, call: Callable[[sa.Connection], R]) -> R:
-        return await self._loop.run_in_executor(self._readers, self._read_now, call)
+    async def _read(self, call: Callable[[sa.Connection], R], *, one_state: bool = True) -> R:
+        engine = self._reading if one_state else self._autocommit
+        return await self._loop.run_in_executor(self._readers, self._read_now, engine, call)
 
-    def _read_now(self, call: Callable[[sa.Connection], R]) -> R:
-        with _answering(self._name), self._reading.begin() as connection:
+    def _read_now(self, engine: sa.Engine, call: Callable[[sa.Connection], R]) -> R:
+        with _answering(self._name), engine.begin() as connection:  # with autocommit, that sends nothing
             return call(connection)
 
     async def _write(self, call: Callable[[sa.Connection], R]) -> R:
@@ -106,8 +108,7 @@ class PostgresStore(SqlStore):
         if not alone:
             return self._transact(calls)
         try:
-            autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-            with _answering(self._name), autocommit.connect() as connection:
+            with _answering(self._name), self._autocommit.connect() as connection:
                 return [calls[0](connection)]
         except Exception as error:  # noqa: BLE001 - whoever waits must be told
             return [error]

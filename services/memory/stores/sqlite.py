@@ -72,7 +72,7 @@ class SqliteStore(SqlStore):
     async def close(self) -> None:
         await self._worker.close()
 
-    async def _read(self, call: Callable[[sa.Connection], R]) -> R:
+    async def _read(self, call: Callable[[sa.Connection], R], *, one_state: bool = True) -> R:
         return await self._worker.do(call)
 
     async def _write(self, call: Callable[[sa.Connection], R]) -> R:

@@ -110,6 +110,11 @@ def at_version(db: sa.Connection, selection: Selection) -> tuple[Row | None, int
     """The scope and the version that a selection is about; None for a scope without writes. Raises UNKNOWN_VERSION and
     SNAPSHOT_REDACTED, and STATE_DAMAGED for a damaged scope."""
     scope = scope_row(db, selection.scope, selection.version)
+    return scope, _readable_version(db, selection, scope)
+
+
+def _readable_version(db: sa.Connection, selection: Selection, scope: Row | None) -> int:
+    """`scope` has `redacted_until` where the selection has a version. Raises as `at_version` does."""
     newest = scope.version if scope else 0
     version = newest if selection.version is None else selection.version
     if version > newest:
@@ -118,14 +123,19 @@ def at_version(db: sa.Connection, selection: Selection) -> tuple[Row | None, int
     if scope is not None and version < newest and (readable := _readable(db, scope, version)) > version:
         message = f"an entry of version {version} of scope {selection.scope!r} was erased; {readable} can be read"
         raise DomainError(Reason.SNAPSHOT_REDACTED, message, version=readable)
-    return scope, version
+    return int(version)
 
 
 def scope_row(db: sa.Connection, name: str, version: int | None = None) -> Row | None:
     """With a version, also until when it is redacted. Raises STATE_DAMAGED."""
     statement, values = (_SCOPE, {}) if version is None else (_SCOPE_AT, {"version": version})
     row = db.execute(statement, {"scope_name": name, **values}).one_or_none()
-    if row is not None and not (_OF_SCOPE.is_sound(row) and row.name == name):
+    return None if row is None else _sound_scope(db, row, name)
+
+
+def _sound_scope(db: sa.Connection, row: Row, name: str) -> Row:
+    """Raises STATE_DAMAGED."""
+    if not (_OF_SCOPE.is_sound(row) and row.name == name):
         raise damage_of(db).error(f"the scope {name!r}")
     return row
 
@@ -139,19 +149,21 @@ def _readable(db: sa.Connection, scope: Row, version: int) -> int:
 
 
 def find(db: sa.Connection, selection: Selection, order: Order, limit: int) -> Found:
-    """The first of the entries that are selected. Only standings are sorted: the rest is read of those that are
-    returned."""
-    scope, version = at_version(db, selection)
-    if scope is None:
-        return Found((), version)
-    values = {"scope": scope.id, "limit": limit, **_values(selection, version)}
-    filters, key = _Filters.of(selection), ORDERINGS[order].key
-    if version == scope.version:
-        rows = sorted(db.execute(_first(filters, order), values), key=key)
-    else:
-        first = sorted(db.execute(_first_then(filters, order), values), key=key)[:limit]
-        with_id = {row.standing_row: row for row in in_parts(db, _WITH_IDS, [one.id for one in first])}
-        rows = [with_id[one.id] for one in first]
+    """The first of the entries that are selected. The first statement finds their standings alone, the second reads the
+    rest. Both say what the version had whenever they run, so they need no transaction; after an erasure in between,
+    the version is refused."""
+    if selection.version is None:
+        selection = replace(selection, version=at_version(db, selection)[1])
+    assert selection.version is not None
+    values = {"scope_name": selection.scope, "limit": limit, **_values(selection, selection.version)}
+    found = db.execute(_first(_Filters.of(selection), order), values).all()
+    scope = _sound_scope(db, found[0], selection.scope) if found else None
+    version = _readable_version(db, selection, scope)
+    first = sorted((row for row in found if row.standing is not None), key=ORDERINGS[order].key)[:limit]
+    with_id = {row.standing_row: row for row in in_parts(db, _WITH_IDS, [one.standing for one in first])}
+    rows = [with_id[one.standing] for one in first if one.standing in with_id]
+    if len(rows) < len(first) or any(row.erased_version is not None for row in rows):
+        at_version(db, selection)
     return Found(as_then(db, rows), version)
 
 
@@ -228,27 +240,26 @@ def _visible(closed: bool) -> tuple[Any, ...]:
 
 @lru_cache(_STATEMENTS)
 def _first(filters: _Filters, order: Order) -> sa.Select[Any]:
-    """Of the newest version."""
-    return STATES.where(standings.c.id.in_(_first_ids(filters, order, closed=False)))
+    """The scope, once for each of the first standings, and what orders these. They are those of open rows and as many
+    of closed ones."""
+    parts = (_first_of(filters, order, closed).subquery() for closed in (False, True))
+    first = sa.union_all(*map(sa.select, parts)).subquery()
+    columns = (*_OF_SCOPE.columns, scopes.c.id, _REDACTED_UNTIL.scalar_subquery().label("redacted_until"), *first.c)
+    joined = scopes.outerjoin(first, sa.true())
+    return sa.select(*columns).select_from(joined).where(scopes.c.name == sa.bindparam("scope_name"))
 
 
-@lru_cache(_STATEMENTS)
-def _first_then(filters: _Filters, order: Order) -> sa.CompoundSelect[Any]:
-    """The ids of an older version's and what orders them, among as many more. Their rows are read by a statement of
-    their own: PostgreSQL plans this one each time, which takes long where it joins tables."""
-    columns = [standings.c[name] for name in ("position", "gain", "lower", "written", "tries")]
-    parts = (_first_ids(filters, order, closed).add_columns(*columns).subquery() for closed in (False, True))
-    return sa.union_all(*map(sa.select, parts))
-
-
-def _first_ids(filters: _Filters, order: Order, closed: bool) -> sa.Select[Any]:
-    ids = sa.select(standings.c.id).correlate(None)
+def _first_of(filters: _Filters, order: Order, closed: bool) -> sa.Select[Any]:
+    own = scopes.alias()
+    scope_id = sa.select(own.c.id).where(own.c.name == sa.bindparam("scope_name")).scalar_subquery()
+    ordering = (standings.c[name] for name in ("position", "gain", "lower", "written", "tries"))
+    found = sa.select(standings.c.id.label("standing"), *ordering).correlate(None)
     if filters.kinds or filters.task_prefix:
-        ids = ids.join(reflections, reflections.c.position == standings.c.position)
-    ids = ids.where(standings.c.scope_id == sa.bindparam("scope"), *filters.conditions(), *_visible(closed))
+        found = found.join(reflections, reflections.c.position == standings.c.position)
+    found = found.where(standings.c.scope_id == scope_id, *filters.conditions(), *_visible(closed))
     by = (_LATEST_OF_FEW if closed and term is LATEST_FIRST else term for term in ORDERINGS[order].by)
     # The limit is a number in the statement: PostgreSQL sees that few rows are read, and keeps the plan.
-    return ids.order_by(*by).limit(sa.bindparam("limit", type_=sa.Integer, literal_execute=True))
+    return found.order_by(*by).limit(sa.bindparam("limit", type_=sa.Integer, literal_execute=True))
 
 
 @lru_cache(_STATEMENTS)

@@ -46,8 +46,9 @@ class SqlStore(ABC):
         self._embedder: str | None = None
 
     @abstractmethod
-    async def _read(self, call: Callable[[sa.Connection], R]) -> R:
-        """Runs the call in a transaction that sees one state of the database."""
+    async def _read(self, call: Callable[[sa.Connection], R], *, one_state: bool = True) -> R:
+        """Runs the call in a transaction that sees one state of the database. Without `one_state` each statement may
+        see another one."""
 
     @abstractmethod
     async def _write(self, call: Callable[[sa.Connection], R]) -> R:
@@ -64,7 +65,7 @@ class SqlStore(ABC):
         return await self._write(lambda db: writes.add(db, new, self._embedder))
 
     async def find(self, selection: Selection, order: Order, limit: int) -> Found:
-        return await self._read(lambda db: queries.find(db, selection, order, limit))
+        return await self._read(lambda db: queries.find(db, selection, order, limit), one_state=False)
 
     async def find_words(self, selection: Selection, text: str, limit: int) -> Found:
         return await self._search(selection, lambda db: self._indexes.find_words(db, selection, text, limit))

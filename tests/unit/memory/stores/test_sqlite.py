@@ -273,7 +273,7 @@ async def test_nothing_is_acknowledged_once_the_folder_was_removed(tmp_path: Pat
     ],
 )
 async def test_each_order_is_a_walk_over_its_index(tmp_path: Path, order: Order, index: str) -> None:
-    """Without it a read would sort all entries of the scope."""
+    """Without it a read would sort all entries of the scope. Sorted are those that changed since the version."""
     store = await open_in(tmp_path)
     await store.add(new("a"))
     successes = order in (Order.NEWEST, Order.GAIN)
@@ -285,10 +285,12 @@ async def test_each_order_is_a_walk_over_its_index(tmp_path: Path, order: Order,
             plans.append("\n".join(row[-1] for row in rows))
 
     await store._read(lambda db: sa.event.listen(db, "before_cursor_execute", look))
-    await store.find(selection(successes_only=successes), order, 5)
+    await store.find(selection(successes_only=successes, version=1), order, 5)
     await store.close()
     (plan,) = plans
-    assert index in plan and "B-TREE" not in plan, plan
+    opened, closed = plan.split("UNION ALL")
+    assert index in opened and "B-TREE" not in opened, plan
+    assert "standings_closed" in closed, plan
 
 
 async def test_a_first_search_reads_the_texts_in_parts_and_other_calls_go_on(
