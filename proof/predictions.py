@@ -140,7 +140,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def page(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The results of each method as Markdown."""
-    return "\n".join([*_INTRODUCTION, *_tries(results), *_hindsight(results), *_cost(results)]) + "\n"
+    return "\n".join([*_INTRODUCTION, *_tries(results), *_hindsight(results), *_cost(results), *_READ]) + "\n"
 
 
 _INTRODUCTION = (
@@ -150,6 +150,23 @@ _INTRODUCTION = (
     "this page. All runs have 100 steps, half of the budget, and the settings of [the comparison](methods.md). Figures",
     f"are means over the seeds (least – greatest), of {SAMPLES} attempts or conversations at each of 100 test boards.",
     "",
+)
+
+
+_READ = (
+    "",
+    "## What follows",
+    "",
+    "- **Several tries.** Neither `rlef` nor `ufo`, which train on conversations of several tries, succeeds more",
+    "  often within three tries than the policy of `rlvr`, which trains on single ones and learns more in half of the",
+    "  budget. In a conversation the policy of `rlvr` succeeds more often than in three tries apart. We think that",
+    "  there it does something else after a failure, and apart repeats it.",
+    "- **Feedback.** What the conversation says after a failure makes no difference to any policy, also not to that",
+    '  of `rlef`: "wrong" alone, and praise for a try that failed, do as well. We think that the model cannot read the',
+    "  environment's words.",
+    "- **The prompt of bad attempts.** After training with `hindsight` success is the same under both prompts.",
+    "- **Pairs.** A pair of `spar` costs more environment steps than one of `dpo_pairs`, four times as many at first.",
+    "  As `dpo_pairs` learns, fewer attempts fail, so it has fewer pairs, and each costs more.",
 )
 
 
