@@ -149,14 +149,16 @@ class MemoryClient:
         response = await self._call(self._stub.ReviseReflection, request)
         return self._connection.read(_revision, response)
 
-    async def delete(self, reflection_id: str) -> int:
-        """Deletes a reflection. Returns the scope's version from which it is gone."""
-        request = pb.DeleteReflectionRequest(reflection_id=reflection_id)
+    async def delete(self, reflection_id: str, expected_revision: int = 0) -> int:
+        """Deletes a reflection. Returns the scope's version from which it is gone. Raises REVISION_CONFLICT where its
+        newest revision is not the expected one; 0 expects any."""
+        request = pb.DeleteReflectionRequest(reflection_id=reflection_id, expected_revision=expected_revision)
         return self._connection.read(_version, await self._call(self._stub.DeleteReflection, request))
 
-    async def erase(self, reflection_id: str) -> int:
-        """Erases a reflection's text for good. Returns the scope's version from which it is gone."""
-        request = pb.EraseReflectionRequest(reflection_id=reflection_id)
+    async def erase(self, reflection_id: str, expected_revision: int = 0) -> int:
+        """Erases a reflection's text for good. Returns the scope's version from which it is gone. Raises as `delete`
+        does."""
+        request = pb.EraseReflectionRequest(reflection_id=reflection_id, expected_revision=expected_revision)
         return self._connection.read(_version, await self._call(self._stub.EraseReflection, request))
 
     async def explain(self, reflection_id: str, max_uses: int = 100) -> Explained:

@@ -136,12 +136,13 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
 
     async def DeleteReflection(self, request: pb.DeleteReflectionRequest, context: Any) -> pb.DeleteReflectionResponse:
         await self._check_scope_of(request.reflection_id, context)
-        version = await self._store.delete(request.reflection_id, _actor(context))
+        version = await self._store.delete(request.reflection_id, _actor(context), request.expected_revision)
         return pb.DeleteReflectionResponse(version=version)
 
     async def EraseReflection(self, request: pb.EraseReflectionRequest, context: Any) -> pb.EraseReflectionResponse:
         await self._check_scope_of(request.reflection_id, context)
-        return pb.EraseReflectionResponse(version=await self._store.erase(request.reflection_id, _actor(context)))
+        version = await self._store.erase(request.reflection_id, _actor(context), request.expected_revision)
+        return pb.EraseReflectionResponse(version=version)
 
     async def GetSnapshot(self, request: pb.GetSnapshotRequest, context: Any) -> pb.GetSnapshotResponse:
         snapshot = await self._store.snapshot(request.scope)

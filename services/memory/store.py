@@ -188,13 +188,14 @@ class Store(Protocol):
         or becomes RETIRED. Raises UNKNOWN_REFLECTION (also for what is deleted or erased), RAW_ENTRY (the text of an
         episode) and REVISION_CONFLICT, in this order."""
 
-    async def delete(self, reflection_id: str, actor: str = "") -> int:
-        """Returns the version from which it is deleted; the same one if repeated. Raises UNKNOWN_REFLECTION."""
+    async def delete(self, reflection_id: str, actor: str = "", expected_revision: int = 0) -> int:
+        """Returns the version from which it is deleted; the same one if repeated. Raises UNKNOWN_REFLECTION, and
+        REVISION_CONFLICT where the newest revision is not the expected one; 0 expects any."""
 
-    async def erase(self, reflection_id: str, actor: str = "") -> int:
+    async def erase(self, reflection_id: str, actor: str = "", expected_revision: int = 0) -> int:
         """Returns the version from which it is erased; the same one if repeated. It is deleted as well, unless it was
         before. No file of the store has the texts of its revisions, its key, tags or embedding any more when the call
-        returns. Raises UNKNOWN_REFLECTION."""
+        returns. Raises as `delete` does."""
 
     async def record_uses(self, uses: Sequence[DrawnUse]) -> None:
         """Stores the uses. One that is stored already stays as it is. Raises REQUEST_CONFLICT, and stores none, if one

@@ -169,6 +169,17 @@ class StoreChecks:
         await refused(store.revise(rewriting), Reason.REVISION_CONFLICT)
         assert (await store.get(identity)).text == "one" and (await store.snapshot("scope")).version == 3
 
+    async def test_who_deletes_or_erases_may_name_the_revision_that_it_saw(self, store: Store) -> None:
+        identity = (await store.add(new("a", "one", kind=ReflectionKind.DOCUMENT))).reflection_id
+        await store.revise(Rewriting(identity, "r", 1, text="two"))
+        for call in (store.delete, store.erase):
+            for expected in (1, 3):
+                error = await refused(call(identity, "", expected), Reason.REVISION_CONFLICT)
+                assert int(error.metadata["revision"]) == 2
+        assert (await store.snapshot("scope")).version == 2
+        assert await store.delete(identity, "", 2) == await store.delete(identity, "", 1) == 3
+        assert await store.erase(identity, "", 2) == await store.erase(identity) == 4
+
     async def test_an_answer_is_never_larger_than_a_message(self, store: Store) -> None:
         """Neither a page nor what a query finds, however large the texts are and however many are asked for."""
         large = "word " * (MAX_TEXT_BYTES // 5)

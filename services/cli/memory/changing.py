@@ -21,7 +21,8 @@ def forget(reflection_id: ReflectionId, address: MemoryAddress = DEFAULT_ADDRESS
     """
 
     async def delete(client: MemoryClient) -> int:
-        return await client.delete((await entry_of(client, reflection_id)).reflection_id)
+        entry = await entry_of(client, reflection_id)
+        return await client.delete(entry.reflection_id, entry.revision)
 
     show(f"forgotten from version {asked(address, delete)} on")
 
@@ -46,7 +47,7 @@ def erase(
                 f"scope {entry.scope!r} cannot be read any more. --yes does it",
                 2,
             )
-        return await client.erase(entry.reflection_id)
+        return await client.erase(entry.reflection_id, entry.revision)
 
     show(f"erased in version {asked(address, call)}")
 

@@ -51,6 +51,27 @@ async def redacted(session: CheckSession) -> None:
         await scope.finds("what was left without it", ["later", "kept"], 9, EXPLORE, as_of_version=version)
 
 
+_REQUESTS = {"DeleteReflection": pb.DeleteReflectionRequest, "EraseReflection": pb.EraseReflectionRequest}
+
+
+@suite.check("EraseReflection", "as DeleteReflection: a revision that is not the newest is ABORTED REVISION_CONFLICT")
+async def another_revision(session: CheckSession) -> None:
+    scope = await with_evidence(session)
+    added = await scope.add("one")
+    await scope.revise(added.reflection_id, 1, key="k")
+    for method, kind in _REQUESTS.items():
+        request = kind(reflection_id=added.reflection_id, expected_revision=1)
+        refusal = await session.refused(method, request, "ABORTED", "REVISION_CONFLICT", "revision")
+        demand(refusal.metadata["revision"] == "2", "metadata `revision` 2", refusal, request)
+        bad = kind(reflection_id=added.reflection_id, expected_revision=-1)
+        await session.bad_field(method, bad, "expected_revision")
+    demand((await scope.snapshot())[0] == 2, "the scope at version 2", f"version {(await scope.snapshot())[0]}")
+    for version, (method, kind) in enumerate(_REQUESTS.items(), 3):
+        request = kind(reflection_id=added.reflection_id, expected_revision=2)
+        answer = await session.ask(method, request)
+        demand(answer.version == version, f"version {version}", answer, request)
+
+
 @suite.check("EraseReflection", "erasing again changes nothing, and an unknown one is NOT_FOUND UNKNOWN_REFLECTION")
 async def erased_again(session: CheckSession) -> None:
     scope = await with_evidence(session)

@@ -690,15 +690,19 @@ class DeleteReflectionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REFLECTION_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     reflection_id: _builtins.str
+    expected_revision: _builtins.int
+    """The revision that the caller saw; 0: any."""
     def __init__(
         self,
         *,
         reflection_id: _builtins.str = ...,
+        expected_revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reflection_id", b"reflection_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revision", b"expected_revision", "reflection_id", b"reflection_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -876,15 +880,19 @@ class EraseReflectionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REFLECTION_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     reflection_id: _builtins.str
+    expected_revision: _builtins.int
+    """The revision that the caller saw; 0: any."""
     def __init__(
         self,
         *,
         reflection_id: _builtins.str = ...,
+        expected_revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reflection_id", b"reflection_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revision", b"expected_revision", "reflection_id", b"reflection_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -210,6 +210,7 @@ class MemoryServiceServicer:
     def DeleteReflection(self, request, context):
         """Forgets a reflection: from the next version on it is not retrieved. NOT_FOUND UNKNOWN_REFLECTION.
         Idempotent: forgetting it again changes nothing.
+        ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -237,6 +238,7 @@ class MemoryServiceServicer:
         """Erases a reflection for good: text, key, tags, embedding, and what searches have of it, also in older revisions. Its
         id, provenance and evidence stay. Afterwards a read as of an older version that had it is refused.
         NOT_FOUND UNKNOWN_REFLECTION. Idempotent: erasing it again changes nothing.
+        ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -77,6 +77,7 @@ class MemoryServiceStub:
     DeleteReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.DeleteReflectionRequest, _memory_service_pb2.DeleteReflectionResponse]
     """Forgets a reflection: from the next version on it is not retrieved. NOT_FOUND UNKNOWN_REFLECTION.
     Idempotent: forgetting it again changes nothing.
+    ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
     """
     GetSnapshot: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.GetSnapshotRequest, _memory_service_pb2.GetSnapshotResponse]
     """The current version of a scope and how many entries it has; version 0 for a scope without writes. Idempotent."""
@@ -91,6 +92,7 @@ class MemoryServiceStub:
     """Erases a reflection for good: text, key, tags, embedding, and what searches have of it, also in older revisions. Its
     id, provenance and evidence stay. Afterwards a read as of an older version that had it is refused.
     NOT_FOUND UNKNOWN_REFLECTION. Idempotent: erasing it again changes nothing.
+    ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
     """
     ReportOutcome: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ReportOutcomeRequest, _memory_service_pb2.ReportOutcomeResponse]
     """Records the rewards of uses that QueryReflections drew. All or nothing. Idempotent: a use counts once, with the
@@ -196,6 +198,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_memory_service_pb2.DeleteReflectionResponse]:
         """Forgets a reflection: from the next version on it is not retrieved. NOT_FOUND UNKNOWN_REFLECTION.
         Idempotent: forgetting it again changes nothing.
+        ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
         """
 
     @_abc_1.abstractmethod
@@ -228,6 +231,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         """Erases a reflection for good: text, key, tags, embedding, and what searches have of it, also in older revisions. Its
         id, provenance and evidence stay. Afterwards a read as of an older version that had it is refused.
         NOT_FOUND UNKNOWN_REFLECTION. Idempotent: erasing it again changes nothing.
+        ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
         """
 
     @_abc_1.abstractmethod

@@ -101,11 +101,11 @@ class SqlStore(ABC):
     async def revise(self, rewriting: Rewriting) -> Revised:
         return await self._write(lambda db: writes.revise(db, rewriting, self._embedder))
 
-    async def delete(self, reflection_id: str, actor: str = "") -> int:
-        return await self._write(lambda db: writes.delete(db, reflection_id, actor))
+    async def delete(self, reflection_id: str, actor: str = "", expected_revision: int = 0) -> int:
+        return await self._write(lambda db: writes.delete(db, reflection_id, actor, expected_revision))
 
-    async def erase(self, reflection_id: str, actor: str = "") -> int:
-        version = await self._write(lambda db: writes.erase(db, reflection_id, actor))
+    async def erase(self, reflection_id: str, actor: str = "", expected_revision: int = 0) -> int:
+        version = await self._write(lambda db: writes.erase(db, reflection_id, actor, expected_revision))
         await self._clean()
         await self._read(lambda db: self._indexes.erase(db, reflection_id))
         return version

@@ -254,16 +254,22 @@ def _checked(db: sa.Connection, old: Row, rewriting: Rewriting) -> Revised | Non
         return Revised(old.revision, old.revised_version)
     if rewriting.text is not None and old.kind == ReflectionKind.EPISODE.value:
         raise DomainError(Reason.RAW_ENTRY, f"reflection {old.reflection_id!r} is an episode: its text stays as it is")
-    if rewriting.expected_revision != old.revision:
-        message = f"reflection {old.reflection_id!r} is at revision {old.revision}, not {rewriting.expected_revision}"
-        raise DomainError(Reason.REVISION_CONFLICT, message, revision=old.revision)
+    _check_revision(old, rewriting.expected_revision)
     return None
 
 
-def delete(db: sa.Connection, identity: str, actor: str) -> int:
+def _check_revision(old: Row, expected: int) -> None:
+    """Raises REVISION_CONFLICT."""
+    if expected != old.revision:
+        message = f"reflection {old.reflection_id!r} is at revision {old.revision}, not {expected}"
+        raise DomainError(Reason.REVISION_CONFLICT, message, revision=old.revision)
+
+
+def delete(db: sa.Connection, identity: str, actor: str, expected_revision: int) -> int:
     old = queries.newest(db, identity)
     if old.deleted_version is not None:
         return int(old.deleted_version)
+    _check_revision(old, expected_revision or old.revision)
     scope_id, version = next_version(db, old.name, entries=-1)
     _close(db, old, version)
     _rewrite(db, reflections.c.position == old.position, ENTRY, old, deleted_version=version)
@@ -271,11 +277,12 @@ def delete(db: sa.Connection, identity: str, actor: str) -> int:
     return version
 
 
-def erase(db: sa.Connection, identity: str, actor: str) -> int:
+def erase(db: sa.Connection, identity: str, actor: str, expected_revision: int) -> int:
     """The bytes are gone from the tables; `uncleaned` says that the store has to clean its files."""
     old = queries.newest(db, identity)
     if old.erased_version is not None:
         return int(old.erased_version)
+    _check_revision(old, expected_revision or old.revision)
     kept = old.deleted_version is None
     scope_id, version = next_version(db, old.name, entries=-1 if kept else 0)
     if kept:

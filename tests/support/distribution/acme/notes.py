@@ -187,9 +187,7 @@ class Notes:
             return note.revised_by[1]
         if rewriting.text is not None and old.kind is ReflectionKind.EPISODE:
             raise DomainError(Reason.RAW_ENTRY, f"{old.reflection_id!r} is an episode")
-        if rewriting.expected_revision != old.revision:
-            message = f"{old.reflection_id!r} is at revision {old.revision}"
-            raise DomainError(Reason.REVISION_CONFLICT, message, revision=old.revision)
+        _check_revision(old, rewriting.expected_revision)
         names = [name for name in ("text", "key", "tags", "status") if getattr(rewriting, name) is not None]
         given: dict[str, Any] = {name: getattr(rewriting, name) for name in names}
         new = replace(old, revision=old.revision + 1, **given)
@@ -210,18 +208,20 @@ class Notes:
         note.revised_by = (rewriting.request_id, revised)
         return revised
 
-    async def delete(self, reflection_id: str, actor: str = "") -> int:
+    async def delete(self, reflection_id: str, actor: str = "", expected_revision: int = 0) -> int:
         old = self._now(reflection_id)
         if old.deleted_version is not None:
             return old.deleted_version
+        _check_revision(old, expected_revision or old.revision)
         version = self._write(old.scope, "delete", reflection_id, actor)
         self._newest(old.scope)[reflection_id] = replace(old, deleted_version=version)
         return version
 
-    async def erase(self, reflection_id: str, actor: str = "") -> int:
+    async def erase(self, reflection_id: str, actor: str = "", expected_revision: int = 0) -> int:
         old = self._now(reflection_id)
         if old.erased_version is not None:
             return old.erased_version
+        _check_revision(old, expected_revision or old.revision)
         version = self._write(old.scope, "erase", reflection_id, actor)
         deleted = version if old.deleted_version is None else old.deleted_version
         self._newest(old.scope)[reflection_id] = replace(old, erased_version=version, deleted_version=deleted)
@@ -442,3 +442,9 @@ def _page(items: Any, position: int, limit: int, wanted: Callable[[Any], bool]) 
     found = [(place, item) for place, item in enumerate(items, 1) if place > position and wanted(item)]
     page = found[:limit]
     return tuple(item for _, item in page), page[-1][0] if len(found) > limit else None
+
+
+def _check_revision(old: StoredReflection, expected: int) -> None:
+    if expected != old.revision:
+        message = f"{old.reflection_id!r} is at revision {old.revision}"
+        raise DomainError(Reason.REVISION_CONFLICT, message, revision=old.revision)
