@@ -55,7 +55,7 @@ def test_the_version_is_that_of_the_package(home: Path) -> None:
 
 def test_bash_completes_commands_as_shown_and_as_installed(home: Path) -> None:
     shown = 'eval "$(mulligan --show-completion)"'
-    assert completed(home, shown, "mulligan", "exp") == ["experiences"]
+    assert completed(home, shown, "mulligan", "exp") == ["experiences", "export"]
     assert completed(home, shown, "mulligan", "policy", "ro") == ["rollback"]
     said = bash(home, "mulligan --install-completion; true")
     assert "bash completion installed in" in said
