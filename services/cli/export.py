@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from mulligan.cli.byte_line import ByteLine
 from mulligan.cli.connection import command
+from mulligan.cli.found_run import found_run
 from mulligan.cli.out import fail, note, show
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.suggest import did_you_mean, problems
-from mulligan.trainer.folder import RunFolder, RunRecord, run_folders
+from mulligan.common.suggest import problems
+from mulligan.trainer.folder import RunFolder, RunRecord
 from mulligan.trainer.settings import LearnerKind, TrainedModelSettings
 
 if TYPE_CHECKING:
@@ -87,18 +88,7 @@ def _find(run: str, runs: Path) -> tuple[Path, Path | None]:
     folder = Path(run)
     if (folder / _MANIFEST).is_file():
         return _run_of(folder.absolute()), folder.absolute()
-    found = list(run_folders(folder if folder.is_dir() else runs))
-    if folder.is_dir():
-        if not found:
-            fail(f"{run}: this folder has no run (a run has run.json) and no checkpoint (it has {_MANIFEST})", 2)
-    else:
-        names = [path.name for path in found]
-        found = [path for path in found if path.name == run]
-        if not found:
-            fail(f"{run}: no run below {runs} has this id{did_you_mean(run, names)}", 2)
-    if len(found) > 1:
-        fail(f"{run} has {len(found)} runs: name one of their folders, such as {found[0]}", 2)
-    return found[0].absolute(), None
+    return found_run(run, runs, nor=f" and no checkpoint (it has {_MANIFEST})"), None
 
 
 def _run_of(checkpoint: Path) -> Path:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from mulligan.cli.found_run import found_run
 from mulligan.cli.out import fail, note, show, working
 from mulligan.common.extras import MissingExtra
 from mulligan.common.files import replace
-from mulligan.common.suggest import did_you_mean
 
 EXPERIENCES = 50
 
@@ -31,19 +31,12 @@ def report(
         from mulligan.console.report import report as written
     except ImportError as error:
         fail(MissingExtra("ui", error), 2)
-    folder = Path(run)
-    library = Library(folder if folder.is_dir() else runs)
+    library = Library(found_run(run, runs))
     library.update()
-    found = library.runs if folder.is_dir() else [one for one in library.runs if one.key == run]
-    if not found and folder.is_dir():
-        fail(f"{run}: this folder has no run (a run has run.json)", 2)
-    if not found:
-        fail(f"{run}: no run below {runs} has this id{did_you_mean(run, [one.key for one in library.runs])}", 2)
-    if len(found) > 1:
-        fail(f"{run} has {len(found)} runs: name one of their folders, such as {found[0].folder.path}", 2)
-    file = output or Path(f"{found[0].key}.html")
-    with working(f"reading the run's {found[0].series.steps} steps"):
-        text = written(found[0], count, tokens=tokens)
+    (shown,) = library.runs
+    file = output or Path(f"{shown.key}.html")
+    with working(f"reading the run's {shown.series.steps} steps"):
+        text = written(shown, count, tokens=tokens)
     try:
         replace(file, text.encode())
     except OSError as error:

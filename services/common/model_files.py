@@ -17,7 +17,8 @@ from mulligan.common.safetensors_header import BadSafetensors, TensorHeader, rea
 
 # Name of a repository at the hub, with or without its owner.
 # https://huggingface.co/docs/huggingface_hub/package_reference/utilities
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# What the hub takes as the id of a repository: `validate_repo_id` of huggingface_hub.
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)([A-Za-z0-9]([\w.-]{0,94}\w)?/)?[A-Za-z0-9]([\w.-]{0,94}\w)?")
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024  # at most

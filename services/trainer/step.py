@@ -301,7 +301,8 @@ class StepRunner:
             return self.leaves(group)
         key = tuple(map(id, group))
         if key not in self._signals:  # a group is asked for after each round of the step, and for its metrics
-            self._signals[key] = (group, self._teaches(group))
+            data, _ = self.training_data(rounded(group))
+            self._signals[key] = (group, moves(data, self.settings.loss))
         return self._signals[key][1]
 
     def has_taught(self, experiences: Sequence[Experience]) -> bool:
@@ -317,17 +318,6 @@ class StepRunner:
             return True
         members = (self._played.get(one.experience_id) for one in experiences)
         return any(member.lessons for member in members if member is not None)
-
-    def _teaches(self, group: Group) -> bool:
-        """Whether the data of the group have a gradient."""
-        algorithm = self.settings.algorithm
-        kept, _ = trainable(rounded(group), self._limits, train_cut_texts=algorithm.train_cut_reflections)
-        with self._blame():
-            data: list[Datum] = self.algorithm.train(groups_of(kept), algorithm)
-            problem = self._problem(data)
-        if problem:
-            raise AlgorithmFailed(f"algorithm {algorithm.name!r} gave {problem}")
-        return moves(data, self.settings.loss)
 
     def _harness_of(self, experience: Experience) -> Harness:
         return self.others.get(experience.environment, self.harness)

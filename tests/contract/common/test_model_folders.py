@@ -11,6 +11,9 @@ from typing import Any
 
 import grpc
 import pytest
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # its documented place
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mulligan import models
@@ -271,6 +274,20 @@ def test_sglang_is_not_asked_to_serve_such_a_folder(name: str, folder: Path) -> 
     with pytest.raises(UnsupportedModel) as caught:
         Skeleton(str(folder))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@given(st.text("aB0_-./", min_size=1, max_size=12) | st.text("a-./", min_size=90, max_size=110))
+@example("a" * 97)
+@example(f"{'a' * 97}/b")
+@example("owner/name.git")
+def test_what_the_hub_refuses_is_no_hub_id(source: str) -> None:
+    if is_hub_id(source):
+        validate_repo_id(source)
+
+
+@pytest.mark.parametrize("source", ["owner/name", "name", "a", "a/b", "Qwen/Qwen3-4B", "o_1/n-1.5_x", "a" * 96])
+def test_hub_ids(source: str) -> None:
+    assert is_hub_id(source)
 
 
 @pytest.mark.parametrize("source", ["x" * 300, f"owner/{'x' * 300}", "x" * 5000, f"/{'x' * 300}", "x\0y", "\udcff"])

@@ -140,18 +140,22 @@ class HttpConnection:
 
 def new_session(https: HttpsContext | None = None) -> aiohttp.ClientSession:
     """A session without a limit on connections, since the servers queue requests themselves."""
-    tracing = aiohttp.TraceConfig()
-
-    async def connects(*_: object) -> None:
-        if https is not None:
-            https.refresh()
-
-    tracing.on_connection_create_start.append(connects)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS, ssl=https.context if https else True),
         cookie_jar=aiohttp.DummyCookieJar(),
-        trace_configs=[tracing],
+        trace_configs=[_refreshing(https)] if https else None,
     )
+
+
+def _refreshing(https: HttpsContext) -> aiohttp.TraceConfig:
+    """Takes certificates that have changed before each connection."""
+    config = aiohttp.TraceConfig()
+
+    async def connects(*_: object) -> None:
+        https.refresh()
+
+    config.on_connection_create_start.append(connects)
+    return config
 
 
 def _headers(key: SecretStr | None) -> dict[str, str]:
