@@ -276,6 +276,13 @@ class ErasesAgain(MemoryFault):
         self._calls += 1
 
 
+class ErasesAnyRevision(MemoryFault):
+    title = "as DeleteReflection: a revision that is not the newest is ABORTED REVISION_CONFLICT"
+    call = "EraseReflection"
+    error = "REVISION_CONFLICT"
+    instead = pb.EraseReflectionResponse(version=2)
+
+
 class UsesInReverse(_Query):
     title = "a trial draws a use for each key, in which at most one retrieved entry is left out"
 
