@@ -3,9 +3,9 @@
 A document is one JSON object in a file, which is replaced in one rename. A log is a file to which JSON objects are
 appended, one a line. The last member of each object is `crc32`: the CRC-32 of zlib, as 8 hexadecimal digits, of the
 bytes before the comma that stands before it. An object without `crc32` is read as it is: earlier releases wrote none,
-and who changes a file by hand removes it. So damage is not noticed where it cuts out exactly the checksum, alone or with
-the end of the text before it, and leaves an object of the kind. That cannot happen to a kind that has no defaults and
-ends in an object or a list, as the entries of logs do.
+and who changes a file by hand removes it. So damage is not noticed where it cuts out exactly the checksum, alone or
+with the end of the text before it, and leaves an object of the kind. That cannot happen to a kind that has no defaults
+and ends in an object or a list, as the entries of logs do.
 
 In a log a damaged object costs that object alone. A write that was cut off leaves a torn end, which the next write
 removes.
