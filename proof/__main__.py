@@ -142,7 +142,8 @@ def _circumstances(name: str) -> dict[str, Any]:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+    results = f":(exclude){RESULTS.relative_to(ROOT)}"  # of other cases, and of those that are to be repeated
+    changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", results))
     return {
         "commit": git("rev-parse", "HEAD") + (" with changes" if changed else ""),
         "command": f"python -m proof --only {name}",
