@@ -92,7 +92,8 @@ class KnownTokens:
     """The tokens that a server accepts: those in the files `reader`, `actor`, `trainer` and `admin` of a folder.
 
     Without a folder, those alone that are issued here. A token that was added counts at once, and one that was removed
-    is refused within a second. Raises BadTokens if a folder has none, if one has two roles, or if there are other files.
+    is refused within a second. Raises BadTokens if a folder has none, if one has two roles, or if there are other
+    files.
     """
 
     def __init__(self, folder: Path | None = None, clock: Callable[[], float] = time.monotonic):

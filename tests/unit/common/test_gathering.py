@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from mulligan.common.gathering import Gathering
+from tests.support.waiting import until
 
 LONG = 3600.0
 
@@ -56,9 +57,7 @@ async def test_nobody_waits_for_longer_than_the_time_that_is_set() -> None:
         sent.put(1)
         await asyncio.sleep(0.005)
         sent.put(2)
-        async with asyncio.timeout(60):
-            while not sent.batches:
-                await asyncio.sleep(0.001)
+        await until(lambda: bool(sent.batches))
         assert sent.batches == [[1, 2]]
         sent.put(3)
         await ticks()
