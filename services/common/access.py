@@ -34,6 +34,7 @@ ACCESS: Mapping[str, Mapping[str, AccessRole | None]] = {
         "ListEnvironments": AccessRole.READER,
         "ListTasks": AccessRole.READER,
         "StartEpisode": AccessRole.ACTOR,
+        "StartEpisodes": AccessRole.ACTOR,
         "StepEpisode": AccessRole.ACTOR,
         "StepEpisodes": AccessRole.ACTOR,
         "ForkEpisode": AccessRole.ACTOR,

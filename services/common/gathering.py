@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -69,3 +69,17 @@ class Gathering(Generic[T]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def cancel_without_callers(task: asyncio.Task[None], futures: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancels a shared call when nobody waits for it any more: each caller has an answer or was cancelled."""
+    left = len(futures)
+
+    def one_less(_: asyncio.Future[Any]) -> None:
+        nonlocal left
+        left -= 1
+        if not left and any(future.cancelled() for future in futures):
+            task.cancel()
+
+    for future in futures:
+        future.add_done_callback(one_less)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mulligan.common.channel import Connection, is_for_later
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
-from mulligan.common.gathering import Gathering
+from mulligan.common.gathering import Gathering, cancel_without_callers
 from mulligan.common.tasks import cancel
 from mulligan.common.tracing import Origin, origin, span
 from mulligan.policy.v1 import policy_service_pb2 as pb
@@ -70,7 +70,7 @@ class GenerateQueue:
             task = asyncio.create_task(self._send(batch))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            _end_without_callers(task, batch)
+            cancel_without_callers(task, [waiting.future for waiting in batch])
 
     async def _send(self, batch: Sequence[_Waiting]) -> None:
         """Completes all futures of the batch."""
@@ -134,17 +134,3 @@ def _batches(waiting: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
         batch.append(one)
     if batch:
         yield batch
-
-
-def _end_without_callers(task: asyncio.Task[None], batch: Sequence[_Waiting]) -> None:
-    """Cancels the call of the batch when nobody waits for it any more: each caller has an answer or was cancelled."""
-    left = len(batch)
-
-    def one_less(_: asyncio.Future[pb.GenerateResponse | None]) -> None:
-        nonlocal left
-        left -= 1
-        if not left and any(waiting.future.cancelled() for waiting in batch):
-            task.cancel()
-
-    for waiting in batch:
-        waiting.future.add_done_callback(one_less)
