@@ -16,7 +16,8 @@ _ALWAYS = "conformance-of-bad-fields"
 
 async def starts_together(session: CheckSession) -> None:
     """Raises NotApplicable where the server leaves StartEpisodes out."""
-    answer = await session.attempt("StartEpisodes", pb.StartEpisodesRequest())
+    start = pb.StartEpisodeRequest(episode_id=f"conformance-{uuid4()}", environment="no-such-environment", task_id="y")
+    answer = await session.attempt("StartEpisodes", pb.StartEpisodesRequest(starts=[start]))
     if isinstance(answer, Refusal) and answer.code == "UNIMPLEMENTED":
         raise NotApplicable("the server leaves StartEpisodes out")
 
