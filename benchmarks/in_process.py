@@ -7,11 +7,11 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.reflections import Labels, Provenance, ReflectionQuery, Retrieved, Trial, UseOutcome
+from mulligan.common.reflections import Addition, Labels, Provenance, ReflectionQuery, Retrieved, Trial, UseOutcome
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
 from mulligan.env.base import Environment, Episode
 from mulligan.memory.retrieval import retrieve
-from mulligan.memory.store import NewReflection, Rewriting, Store
+from mulligan.memory.store import Added, NewReflection, Rewriting, Store, add_all
 from mulligan.memory.trials import with_uses
 
 
@@ -79,6 +79,19 @@ class LocalMemory:
     ) -> str:
         new = NewReflection(request_id, scope, text, provenance, labels or Labels(), unless_known=unless_known)
         return (await self._store.add(new)).reflection_id
+
+    async def add_all(self, additions: Sequence[Addition]) -> list[str]:
+        news = [
+            NewReflection(
+                one.request_id, one.scope, one.text, one.provenance, one.labels, unless_known=one.unless_known
+            )
+            for one in additions
+        ]
+        added = await add_all(self._store, news)
+        for one in added:
+            if isinstance(one, DomainError):
+                raise one
+        return [one.reflection_id for one in added if isinstance(one, Added)]
 
     async def revise(
         self,

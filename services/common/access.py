@@ -34,6 +34,7 @@ ACCESS: Mapping[str, Mapping[str, AccessRole | None]] = {
         "ListEnvironments": AccessRole.READER,
         "ListTasks": AccessRole.READER,
         "StartEpisode": AccessRole.ACTOR,
+        "StartEpisodes": AccessRole.ACTOR,
         "StepEpisode": AccessRole.ACTOR,
         "StepEpisodes": AccessRole.ACTOR,
         "ForkEpisode": AccessRole.ACTOR,
@@ -41,6 +42,7 @@ ACCESS: Mapping[str, Mapping[str, AccessRole | None]] = {
     },
     "mulligan.memory.v1.MemoryService": {
         "AddReflection": AccessRole.ACTOR,
+        "AddReflections": AccessRole.ACTOR,
         "QueryReflections": AccessRole.ACTOR,  # a trial's uses are written down
         "GetReflection": AccessRole.READER,
         "ListReflections": AccessRole.READER,

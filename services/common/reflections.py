@@ -148,6 +148,19 @@ class ReflectionQuery:
 
 
 @dataclass(frozen=True, slots=True)
+class Addition:
+    """A reflection to add. A repeated request id changes nothing. With `unless_known` nothing is stored if an entry of
+    the scope has this environment, kind and text."""
+
+    request_id: str
+    scope: str
+    text: str
+    provenance: Provenance
+    labels: Labels = Labels()
+    unless_known: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
     """Asks for uses of what a query retrieves, one for each of `use_keys`, which are unique in the scope.
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from mulligan.common.suggest import did_you_mean
 log = structlog.get_logger()
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,1024}=*")  # RFC 6750, section 2.1, and long enough not to be guessed
 _SCHEME = "Bearer "
+_LOOK_SECONDS = 1.0  # for which a server takes a token that it knows without another look at the files
 RUN_CREDENTIAL = "mulligan-run-credential"  # metadata of a call; `run_credentials.py`
 
 
@@ -89,13 +91,17 @@ class TokenFile:
 class KnownTokens:
     """The tokens that a server accepts: those in the files `reader`, `actor`, `trainer` and `admin` of a folder.
 
-    Without a folder, those alone that are issued here. Raises BadTokens if a folder has none, if one has two roles, or
-    if there are other files.
+    Without a folder, those alone that are issued here. A token that was added counts at once, and one that was removed
+    is refused within a second. Raises BadTokens if a folder has none, if one has two roles, or if there are other
+    files.
     """
 
-    def __init__(self, folder: Path | None = None):
+    def __init__(self, folder: Path | None = None, clock: Callable[[], float] = time.monotonic):
         self._files: dict[AccessRole, TokenFile] = {}
         self._issued: dict[AccessRole, str] = {}
+        self._clock = clock
+        self._looked = clock() - _LOOK_SECONDS
+        self._digests: list[tuple[AccessRole, bytes]] = []  # of all tokens, when the files were looked at last
         if folder is None:
             return
         _check_names(folder)
@@ -116,9 +122,16 @@ class KnownTokens:
         Compares with all tokens, and digests of them, so that the time tells nothing about them.
         """
         given = _digest(authorization.removeprefix(_SCHEME)) if authorization.startswith(_SCHEME) else b""
+        if self._clock() - self._looked < _LOOK_SECONDS and (found := self._matching(given)) is not None:
+            return found
+        self._looked = self._clock()
+        self._digests = [(role, _digest(token)) for role, token in self._all()]
+        return self._matching(given)
+
+    def _matching(self, given: bytes) -> AccessRole | None:
         found: AccessRole | None = None
-        for role, token in self._all():
-            if hmac.compare_digest(_digest(token), given):
+        for role, digest in self._digests:
+            if hmac.compare_digest(digest, given):
                 found = role
         return found
 

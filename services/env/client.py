@@ -27,6 +27,7 @@ from mulligan.common.suggest import did_you_mean
 from mulligan.common.tasks import cancel, to_its_end
 from mulligan.common.tracing import Origin, origin, span
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
+from mulligan.env.start_queue import StartQueue
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.env.wire import info_from_proto, step_from_proto, tasks_from_proto
@@ -51,9 +52,9 @@ log = structlog.get_logger()
 class EnvClient:
     """The client of one environment server.
 
-    Steps go through a queue that batches them (`_StepQueue`). All other calls are unary, at most `_MAX_CALLS` at a
-    time. Every call is retried as `Connection.call` does. `timeout` limits each call, in seconds; it must be longer
-    than the slowest step.
+    Steps go through a queue that batches them (`_StepQueue`), and starts through another one (`StartQueue`). All other
+    calls are unary; starts and they are at most `_MAX_CALLS` at a time. Every call is retried as `Connection.call`
+    does. `timeout` limits each call, in seconds; it must be longer than the slowest step.
     """
 
     def __init__(self, endpoint: Endpoint, *, timeout: float = 90.0, on_outage: Callable[[str], None] | None = None):
@@ -62,6 +63,7 @@ class EnvClient:
         self._timeout = timeout
         self._places = asyncio.Semaphore(_MAX_CALLS)
         self._steps = _StepQueue(self._connection, self._stub, timeout)
+        self._starts = StartQueue(self._connection, self._stub, timeout, self._give_up)
 
     @property
     def waiting_for(self) -> str:
@@ -91,23 +93,31 @@ class EnvClient:
 
     async def start(self, environment: str, task_id: str, episode_id: str) -> RemoteEpisode:
         request = pb.StartEpisodeRequest(episode_id=episode_id, environment=environment, task_id=task_id)
-        return await self._begin(episode_id, self._stub.StartEpisode, request)
+        again = partial(self._call, self._stub.StartEpisode, request)
+        return await self._begin(episode_id, partial(self._starts.put, request), again)
 
     async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> RemoteEpisode:
         """Starts another episode in the state of this one after `step_index` steps."""
         request = pb.ForkEpisodeRequest(episode_id=episode_id, step_index=step_index, new_episode_id=new_episode_id)
-        return await self._begin(new_episode_id, self._stub.ForkEpisode, request, step_index)
+        begin = partial(self._connection.call, self._stub.ForkEpisode, request, timeout=self._timeout)
+        again = partial(self._call, self._stub.ForkEpisode, request)
+        return await self._begin(new_episode_id, begin, again, step_index)
 
     async def _begin(
-        self, episode_id: str, method: Callable[..., Awaitable[Any]], request: Any, next_step: int = 0
+        self,
+        episode_id: str,
+        begin: Callable[[], Awaitable[Any]],
+        again: Callable[[], Awaitable[Any]],
+        next_step: int = 0,
     ) -> RemoteEpisode:
+        """`again` repeats the call `begin` later."""
         async with self._places:
             try:
-                begun = await self._connection.call(method, request, timeout=self._timeout)
+                begun = await begin()
             except asyncio.CancelledError:  # it may have begun all the same, and would take a place during its lease
                 await to_its_end(self._give_up(episode_id))
                 raise
-        return RemoteEpisode(episode_id, self, begun, partial(self._call, method, request), next_step)
+        return RemoteEpisode(episode_id, self, begun, again, next_step)
 
     async def _give_up(self, episode_id: str) -> None:
         """Ends an episode that nobody will play, if its server answers soon."""
@@ -141,6 +151,7 @@ class EnvClient:
 
     async def close(self) -> None:
         await self._steps.close()
+        await self._starts.close()
         await self._connection.close()
 
 

@@ -56,6 +56,12 @@ class StepRequest(NamedTuple):
     action: str
 
 
+class StartRequest(NamedTuple):
+    episode_id: str
+    environment: str
+    task_id: str
+
+
 class Latch:
     """A count-down latch: `opened` completes when all steps that a call waits for have answers."""
 
@@ -123,16 +129,17 @@ class EpisodeRecord:
 
 
 StepAnswer = EpisodeStep | DomainError
+StartAnswer = StartResult | DomainError
 
 
 class EpisodeTable:
     """All episodes of a server.
 
-    `start` puts a record among the live episodes and submits a job that makes the episode. `step` looks up each
-    request: a repeated step gets the stored answer or joins the running one, a wrong one gets an error, and a new one
-    becomes a job. The call then waits on a latch. When a job returns, `_step_done` stores the answer and opens the
-    latches; after the last step it moves the record to the finished episodes and closes the episode. Every call first
-    drops the episodes whose lease has ended. `clock` returns seconds.
+    `start` and `start_all` put a record among the live episodes and submit a job that makes the episode. `step` looks
+    up each request: a repeated step gets the stored answer or joins the running one, a wrong one gets an error, and a
+    new one becomes a job. The call then waits on a latch. When a job returns, `_step_done` stores the answer and opens
+    the latches; after the last step it moves the record to the finished episodes and closes the episode. Every call
+    first drops the episodes whose lease has ended. `clock` returns seconds.
     """
 
     def __init__(
@@ -175,15 +182,43 @@ class EpisodeTable:
         Raises EPISODE_CONFLICT when the id belongs to another episode, CAPACITY_REACHED, UNKNOWN_ENVIRONMENT,
         UNKNOWN_TASK, ENVIRONMENT_UNAVAILABLE, ENVIRONMENT_FAILED.
         """
+        (begun,) = await self.start_all([StartRequest(episode_id, environment, task_id)])
+        if isinstance(begun, DomainError):
+            raise begun
+        assert begun is not None  # without a time limit there is an answer
+        return begun
+
+    async def start_all(
+        self, requests: Sequence[StartRequest], max_wait: float | None = None
+    ) -> list[StartAnswer | None]:
+        """As `start`, for many. Returns an answer per request, in order: None for an episode that still starts after
+        `max_wait` seconds."""
         self.expire()
+        jobs: list[Job] = []
+        found: list[EpisodeRecord | DomainError] = []
+        for request in requests:
+            try:
+                found.append(self._begun(request, jobs))
+            except DomainError as error:
+                found.append(error)
+        if jobs:
+            self.workers.submit(jobs)
+        starting = [one.started for one in found if isinstance(one, EpisodeRecord) and not one.started.done()]
+        if starting:
+            await asyncio.wait(starting, timeout=max_wait)  # never cancels them: others may wait, too
+        return [one if isinstance(one, DomainError) else _start_answer(one) for one in found]
+
+    def _begun(self, request: StartRequest, jobs: list[Job]) -> EpisodeRecord:
+        """The episode. Adds a job for a new one. Raises for a wrong request."""
+        episode_id, environment, task_id = request
         record = self._find(episode_id)
         if record is None:
-            record = self._admit(episode_id, environment, task_id)
-        elif record.source is not None or (record.environment, record.task_id) != (environment, task_id):
+            return self._admit(episode_id, environment, task_id, jobs)
+        if record.source is not None or (record.environment, record.task_id) != (environment, task_id):
             raise _in_use(episode_id, record)
-        return await asyncio.shield(record.started)
+        return record
 
-    def _admit(self, episode_id: str, name: str, task_id: str) -> EpisodeRecord:
+    def _admit(self, episode_id: str, name: str, task_id: str, jobs: list[Job]) -> EpisodeRecord:
         environment = self.environment(name)
         if environment.info.unavailable:
             raise DomainError(Reason.ENVIRONMENT_UNAVAILABLE, f"{name!r}: {environment.info.unavailable}")
@@ -196,7 +231,7 @@ class EpisodeTable:
                 self._start_failed(episode_id, record, calls.start_error(name, task_id, result))
 
         job = FunctionJob(lambda: calls.close_if_given_up(calls.begin(environment, task_id), job), done)
-        self.workers.submit([job])
+        jobs.append(job)
         return record
 
     async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> StartResult:
@@ -487,6 +522,14 @@ class EpisodeTable:
 def _bytes_of(answer: EpisodeStep) -> int:
     texts = (answer.observation, answer.action, answer.feedback, answer.error, answer.tool)
     return sum(map(sys.getsizeof, texts)) + _ENTRY_BYTES
+
+
+def _start_answer(record: EpisodeRecord) -> StartAnswer | None:
+    if not record.started.done():
+        return None
+    failed = record.started.exception()
+    assert failed is None or isinstance(failed, DomainError)
+    return failed or record.started.result()
 
 
 def _episode_of(record: EpisodeRecord) -> Episode:

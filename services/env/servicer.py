@@ -12,7 +12,8 @@ from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
 from mulligan.common.status import code_number
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split
 from mulligan.common.wire import outcome_to_proto, tools_to_proto
-from mulligan.env.episodes import EpisodeTable, StepAnswer, StepRequest
+from mulligan.env.calls import StartResult
+from mulligan.env.episodes import EpisodeTable, StartAnswer, StartRequest, StepAnswer, StepRequest
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 
@@ -53,7 +54,28 @@ class EnvServicer(pb_grpc.EnvServiceServicer):
         )
 
     async def StartEpisode(self, request: pb.StartEpisodeRequest, context: Any) -> pb.StartEpisodeResponse:
-        begun = await self._table.start(request.episode_id, request.environment, request.task_id)
+        return self._begun(await self._table.start(request.episode_id, request.environment, request.task_id))
+
+    async def StartEpisodes(self, request: pb.StartEpisodesRequest, context: Any) -> pb.StartEpisodesResponse:
+        starts = [StartRequest(start.episode_id, start.environment, start.task_id) for start in request.starts]
+        if len({start.episode_id for start in starts}) < len(starts):
+            raise invalid_field("starts.episode_id", "each episode once")
+        answers = await self._table.start_all(starts, _max_wait(request))
+        return pb.StartEpisodesResponse(items=map(self._start_item, answers))
+
+    def _start_item(self, answer: StartAnswer | None) -> pb.StartEpisodesResponse.Item:
+        if answer is None:
+            return pb.StartEpisodesResponse.Item(pending=pb.StartPending())
+        if isinstance(answer, StartResult):
+            return pb.StartEpisodesResponse.Item(episode=self._begun(answer))
+        error = pb.StartError(
+            code=code_number(answer.code), reason=answer.reason, message=answer.message, metadata=answer.metadata
+        )
+        if answer.retry_after is not None:
+            error.retry_delay.FromTimedelta(answer.retry_after)
+        return pb.StartEpisodesResponse.Item(error=error)
+
+    def _begun(self, begun: StartResult) -> pb.StartEpisodeResponse:
         return pb.StartEpisodeResponse(observation=begun.observation, lease=self._lease, player=begun.player)
 
     async def StepEpisode(self, request: pb.StepEpisodeRequest, context: Any) -> pb.StepEpisodeResponse:
@@ -67,9 +89,8 @@ class EnvServicer(pb_grpc.EnvServiceServicer):
         steps = [_step_request(step) for step in request.steps]
         if len({step.episode_id for step in steps}) < len(steps):
             raise invalid_field("steps.episode_id", "each episode once")
-        max_wait = request.max_wait.ToNanoseconds() / 1e9 if request.HasField("max_wait") else None
         response = pb.StepEpisodesResponse()
-        for answer in await self._table.step(steps, max_wait):
+        for answer in await self._table.step(steps, _max_wait(request)):
             _fill_item(response.items.add(), answer)
         return response
 
@@ -85,6 +106,11 @@ class EnvServicer(pb_grpc.EnvServiceServicer):
 def add_to_server(server: grpc.aio.Server, table: EpisodeTable) -> list[str]:
     pb_grpc.add_EnvServiceServicer_to_server(EnvServicer(table), server)
     return [SERVICE]
+
+
+def _max_wait(request: pb.StartEpisodesRequest | pb.StepEpisodesRequest) -> float | None:
+    """In seconds; None to wait for all."""
+    return request.max_wait.ToNanoseconds() / 1e9 if request.HasField("max_wait") else None
 
 
 def _step_request(request: pb.StepEpisodeRequest) -> StepRequest:

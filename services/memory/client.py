@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mulligan.common.channel import Connection, Endpoint
+from mulligan.common.errors import CallFailed
 from mulligan.common.numbers import not_negative
 from mulligan.common.reflections import (
+    Addition,
     Explained,
     Labels,
     MemoryChange,
@@ -26,6 +28,8 @@ from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 
 _PAGE_SIZE = 1000
 _OUTCOMES = 1000  # of one call
+_ADDITIONS = 1000  # of one call
+_ADDED_BYTES = 8 * 2**20  # of their texts, unless one alone is larger
 
 
 class MemoryClient:
@@ -36,6 +40,7 @@ class MemoryClient:
         self._connection = Connection(endpoint, on_outage)
         self._stub = pb_grpc.MemoryServiceStub(self._connection.channel)
         self._timeout = timeout
+        self._adds_many = True  # as far as is known: servers may leave AddReflections out
 
     def with_run_credential(self, credential: str | Callable[[], str]) -> MemoryClient:
         """One for a run, over the same connection, which this client closes."""
@@ -94,6 +99,31 @@ class MemoryClient:
         request.unless_known = unless_known
         response: pb.AddReflectionResponse = await self._call(self._stub.AddReflection, request)
         return response.reflection_id
+
+    async def add_all(self, additions: Sequence[Addition]) -> list[str]:
+        """Adds them in this order, each as `add` does, and returns their ids. Raises the first error; the others are
+        added all the same, unless the server is of an earlier release: then those after it are not."""
+        found: list[str] = []
+        for part in _parts(additions):
+            found += await self._add_part(part)
+        return found
+
+    async def _add_part(self, part: Sequence[Addition]) -> list[str]:
+        requests = [
+            wire.addition_to_proto(one.request_id, one.scope, one.text, one.provenance, one.labels) for one in part
+        ]
+        for one, request in zip(part, requests, strict=True):
+            request.unless_known = one.unless_known
+        if len(part) > 1 and self._adds_many:
+            try:
+                answer = await self._call(self._stub.AddReflections, pb.AddReflectionsRequest(reflections=requests))
+                address = self._connection.endpoint.address
+                return self._connection.read(lambda given: wire.added_from_proto(given, len(part), address), answer)
+            except CallFailed as error:
+                if error.code != "UNIMPLEMENTED":
+                    raise
+                self._adds_many = False
+        return [(await self._call(self._stub.AddReflection, request)).reflection_id for request in requests]
 
     async def get(self, reflection_id: str) -> StoredReflection:
         response = await self._call(self._stub.GetReflection, pb.GetReflectionRequest(reflection_id=reflection_id))
@@ -179,6 +209,21 @@ class MemoryClient:
 
     async def _call(self, method: Callable[..., Any], request: Any) -> Any:
         return await self._connection.call(method, request, timeout=self._timeout)
+
+
+def _parts(additions: Sequence[Addition]) -> Iterator[list[Addition]]:
+    """Splits by the limits of one call, in order."""
+    part: list[Addition] = []
+    size = 0
+    for one in additions:
+        more = len(one.text.encode())
+        if part and (len(part) == _ADDITIONS or size + more > _ADDED_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(one)
+        size += more
+    if part:
+        yield part
 
 
 def _version(response: pb.GetSnapshotResponse | pb.DeleteReflectionResponse | pb.EraseReflectionResponse) -> int:

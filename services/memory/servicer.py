@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from mulligan.common.errors import invalid_field
+from mulligan.common.errors import DomainError, invalid_field
 from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
 from mulligan.common.reflections import (
     Explained,
@@ -24,10 +24,12 @@ from mulligan.common.reflections import (
     UseOutcome,
 )
 from mulligan.common.run_credentials import RunGuard
+from mulligan.common.status import code_number
+from mulligan.common.tasks import gather_or_cancel
 from mulligan.memory import metrics, wire
 from mulligan.memory.embedder import Embedder
 from mulligan.memory.retrieval import retrieve
-from mulligan.memory.store import ANSWER_BYTES, NewReflection, Rewriting, Store
+from mulligan.memory.store import ANSWER_BYTES, Added, NewReflection, Rewriting, Store, add_all
 from mulligan.memory.trials import with_uses
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
@@ -57,25 +59,52 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
 
     async def AddReflection(self, request: pb.AddReflectionRequest, context: Any) -> pb.AddReflectionResponse:
         self._guard.check_scopes(context, request.scope)
+        [added] = await self._added([request], context)
+        if isinstance(added, DomainError):
+            raise added
+        return added
+
+    async def AddReflections(self, request: pb.AddReflectionsRequest, context: Any) -> pb.AddReflectionsResponse:
+        self._guard.check_scopes(context, *dict.fromkeys(one.scope for one in request.reflections))
+        return pb.AddReflectionsResponse(items=map(_item, await self._added(request.reflections, context)))
+
+    async def _added(
+        self, requests: Sequence[pb.AddReflectionRequest], context: Any
+    ) -> list[pb.AddReflectionResponse | DomainError]:
+        """The answer or the error of each, in order."""
+        made = await gather_or_cancel(self._new(request, context) for request in requests)
+        answers = iter(await add_all(self._store, [new for new in made if isinstance(new, NewReflection)]))
+        found = [next(answers) if isinstance(new, NewReflection) else new for new in made]
+        metrics.ADDED.inc(sum(isinstance(one, Added) for one in found))
+        return [
+            pb.AddReflectionResponse(reflection_id=one.reflection_id, version=one.version)
+            if isinstance(one, Added)
+            else one
+            for one in found
+        ]
+
+    async def _new(self, request: pb.AddReflectionRequest, context: Any) -> NewReflection | DomainError:
+        """What is to be stored, or why it cannot be."""
         labels = Labels(
             kind=wire.named(ReflectionKind, request.kind, ReflectionKind.RULE),
             key=request.key,
             tags=tuple(request.tags),
             source_ids=tuple(request.source_ids),
         )
-        new = NewReflection(
+        try:
+            embedding = await self._vectors.of(request.text, request.embedding)
+        except DomainError as error:
+            return error
+        return NewReflection(
             request_id=request.request_id,
             scope=request.scope,
             text=request.text,
             provenance=wire.provenance_from_proto(request.provenance),
             labels=labels,
-            embedding=await self._vectors.of(request.text, request.embedding),
+            embedding=embedding,
             actor=_actor(context),
             unless_known=request.unless_known,
         )
-        added = await self._store.add(new)
-        metrics.ADDED.inc()
-        return pb.AddReflectionResponse(reflection_id=added.reflection_id, version=added.version)
 
     async def QueryReflections(self, request: pb.QueryReflectionsRequest, context: Any) -> pb.QueryReflectionsResponse:
         if request.HasField("trial"):  # its uses are written down
@@ -198,6 +227,15 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
             changes=map(wire.change_to_proto, page.changes),
             next_page_token="" if page.next_position is None else page_token(page.next_position, *listing),
         )
+
+
+def _item(answer: pb.AddReflectionResponse | DomainError) -> pb.AddReflectionsResponse.Item:
+    if isinstance(answer, pb.AddReflectionResponse):
+        return pb.AddReflectionsResponse.Item(added=answer)
+    error = pb.AddError(
+        code=code_number(answer.code), reason=answer.reason, message=answer.message, metadata=answer.metadata
+    )
+    return pb.AddReflectionsResponse.Item(error=error)
 
 
 def _checked_strategies(query: ReflectionQuery) -> set[RetrievalStrategy]:

@@ -11,8 +11,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from mulligan.common.errors import DomainError
 from mulligan.common.plugins import PluginSettings
 from mulligan.common.reflections import (
     Labels,
@@ -230,6 +231,27 @@ class Store(Protocol):
         the embeddings, if the embedder makes none itself."""
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class AddsMany(Protocol):
+    """What a store may have besides."""
+
+    async def add_all(self, news: Sequence[NewReflection]) -> Sequence[Added | DomainError]:
+        """As `add` for each, in this order, with its answer or its error, but durable all at once."""
+
+
+async def add_all(store: Store, news: Sequence[NewReflection]) -> Sequence[Added | DomainError]:
+    """Adds them in this order. Each has its answer or its error."""
+    if isinstance(store, AddsMany):
+        return await store.add_all(news)
+    found: list[Added | DomainError] = []
+    for new in news:
+        try:
+            found.append(await store.add(new))
+        except DomainError as error:
+            found.append(error)
+    return found
 
 
 def reflection_id(scope: str, request_id: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from mulligan.common.errors import CallFailed, DomainError
 from mulligan.common.numbers import finite, not_negative
 from mulligan.common.reflections import (
     Explained,
@@ -30,6 +31,7 @@ from mulligan.common.reflections import (
     Uplift,
     Use,
 )
+from mulligan.common.status import code_name, domain_error
 from mulligan.memory.v1 import memory_service_pb2 as pb
 
 E = TypeVar("E", bound=StrEnum)
@@ -96,6 +98,25 @@ def addition_to_proto(
         tags=labels.tags,
         source_ids=labels.source_ids,
     )
+
+
+def added_from_proto(answer: pb.AddReflectionsResponse, count: int, address: str) -> list[str]:
+    """The ids of `count` reflections. Raises what the first of them failed with, DomainError or CallFailed, and
+    ValueError for an answer that violates the contract."""
+    if len(answer.items) != count:
+        raise ValueError(f"{len(answer.items)} items for {count} reflections")
+    for item in answer.items:
+        kind = item.WhichOneof("result")
+        if kind is None:
+            raise ValueError("an item has no result")
+        if kind == "error":
+            raise _add_error(item.error, address)
+    return [item.added.reflection_id for item in answer.items]
+
+
+def _add_error(error: pb.AddError, address: str) -> DomainError | CallFailed:
+    known = domain_error(error.reason, error.message, error.metadata)
+    return known or CallFailed(address, "AddReflections", error.reason or code_name(error.code), error.message)
 
 
 def reflection_to_proto(reflection: StoredReflection) -> pb.StoredReflection:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mulligan.common.channel import Connection, is_for_later
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.gathering import Gathering, cancel_without_callers
 from mulligan.common.tasks import cancel
 from mulligan.common.tracing import Origin, origin, span
 from mulligan.policy.v1 import policy_service_pb2 as pb
@@ -16,6 +17,7 @@ from mulligan.policy.wire import generate_error_from_proto
 
 _MAX_BATCH = 256  # requests in one call
 _MAX_BATCH_BYTES = 2 * 2**20
+_GATHER_SECONDS = 0.004  # a pass of a small model takes longer
 
 
 class _Waiting(NamedTuple):
@@ -25,7 +27,8 @@ class _Waiting(NamedTuple):
 
 
 class GenerateQueue:
-    """Sends the Generate requests of one tick of the event loop in one GenerateMany call.
+    """Sends the Generate requests of one moment in one GenerateMany call. While other requests are under way, a moment
+    lasts `_GATHER_SECONDS`; otherwise it is one tick of the event loop.
 
     A request that is alone goes by Generate. So does what GenerateMany did not answer: the server does not have that
     call, it went away, it refused all because of one, or it asks for a later try.
@@ -35,7 +38,7 @@ class GenerateQueue:
         self._connection = connection
         self._stub = stub
         self._timeout = timeout  # seconds, of a call
-        self._waiting: list[_Waiting] = []
+        self._gathering: Gathering[_Waiting] = Gathering(self._flush, _GATHER_SECONDS, _MAX_BATCH)
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_offered = True
 
@@ -46,21 +49,20 @@ class GenerateQueue:
 
     async def _put(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
         if self._is_offered:
-            loop = asyncio.get_running_loop()
-            waiting = _Waiting(loop.create_future(), request, origin())
-            self._waiting.append(waiting)
-            if len(self._waiting) == 1:
-                loop.call_soon(self._flush)  # at the end of this tick
+            waiting = _Waiting(asyncio.get_running_loop().create_future(), request, origin())
+            self._gathering.put(waiting)
             answer = await waiting.future
             if answer is not None:
                 return answer
-        return await self._connection.call(self._stub.Generate, request, timeout=self._timeout)
+        with self._gathering.under_way():
+            return await self._connection.call(self._stub.Generate, request, timeout=self._timeout)
 
     async def close(self) -> None:
+        for waiting in self._gathering.close():
+            waiting.future.cancel()
         await cancel(*self._tasks)
 
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
+    def _flush(self, waiting: Sequence[_Waiting]) -> None:
         for batch in _batches([one for one in waiting if not one.future.done()]):  # done: its caller was cancelled
             if len(batch) == 1:
                 batch[0].future.set_result(None)
@@ -68,10 +70,14 @@ class GenerateQueue:
             task = asyncio.create_task(self._send(batch))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            _end_without_callers(task, batch)
+            cancel_without_callers(task, [waiting.future for waiting in batch])
 
     async def _send(self, batch: Sequence[_Waiting]) -> None:
         """Completes all futures of the batch."""
+        with self._gathering.under_way():
+            await self._ask(batch)
+
+    async def _ask(self, batch: Sequence[_Waiting]) -> None:
         request = pb.GenerateManyRequest(requests=[waiting.request for waiting in batch])
         unanswered = dict(enumerate(batch))
         origins = [waiting.origin for waiting in batch if waiting.origin is not None]
@@ -128,17 +134,3 @@ def _batches(waiting: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
         batch.append(one)
     if batch:
         yield batch
-
-
-def _end_without_callers(task: asyncio.Task[None], batch: Sequence[_Waiting]) -> None:
-    """Cancels the call of the batch when nobody waits for it any more: each caller has an answer or was cancelled."""
-    left = len(batch)
-
-    def one_less(_: asyncio.Future[pb.GenerateResponse | None]) -> None:
-        nonlocal left
-        left -= 1
-        if not left and any(waiting.future.cancelled() for waiting in batch):
-            task.cancel()
-
-    for waiting in batch:
-        waiting.future.add_done_callback(one_less)

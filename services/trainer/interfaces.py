@@ -21,7 +21,7 @@ from mulligan.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from mulligan.common.reflections import Labels, Provenance, ReflectionQuery, Retrieved, Trial, UseOutcome
+from mulligan.common.reflections import Addition, Labels, Provenance, ReflectionQuery, Retrieved, Trial, UseOutcome
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Split, TaskInfo
 from mulligan.trainer.data import Datum, ModelLimits
 from mulligan.trainer.settings import LossSettings
@@ -107,6 +107,10 @@ class MemoryPort(Protocol):
     ) -> str:
         """Returns the reflection's id. A repeated request id changes nothing. With `unless_known` the id is that of an
         entry of the scope that has this environment, kind and text, if there is one."""
+
+    async def add_all(self, additions: Sequence[Addition]) -> Sequence[str]:
+        """Adds them in this order, each as `add` does, and returns their ids. Raises the first error; the others are
+        added all the same."""
 
     async def revise(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.experience import Experience, Sample
-from mulligan.common.reflections import MAX_TEXT_BYTES, Labels, Provenance, ReflectionKind, UseOutcome
+from mulligan.common.reflections import MAX_TEXT_BYTES, Addition, Labels, Provenance, ReflectionKind, UseOutcome
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.common.tracing import span
@@ -226,15 +226,18 @@ class StepRunner:
         key = self.settings.algorithm.memory_document
         if key and rewrites:
             await self._rewrite(RewrittenDocument(self.memory, self.memory_scope, key, self.run_id), experiences)
+        additions: list[Addition] = []
         for experience in experiences:
             for lesson in self._played[experience.experience_id].lessons if not key else ():
                 before, after = lesson.reward_before, lesson.reward_after
-                await self._store(experience, lesson.text, lesson.text.text, before, after, Labels())
+                additions += self._addition(experience, lesson.text, lesson.text.text, before, after, Labels())
             first = experience.samples[0] if experience.samples else None
             if self.settings.algorithm.memory_episodes and first and first.reward is not None and first.is_episode:
                 text = episode_text(first, self._harness_of(experience).info.prompts)
                 labels = Labels(ReflectionKind.EPISODE)
-                await self._store(experience, first, text, first.reward, first.reward, labels)
+                additions += self._addition(experience, first, text, first.reward, first.reward, labels)
+        if additions:
+            await self.memory.add_all(additions)
         if outcomes := self._outcomes([*experiences, *replaced]):
             await self.memory.report(outcomes)
 
@@ -244,15 +247,16 @@ class StepRunner:
             origin = self._origin(one, lesson.text, lesson.reward_before, lesson.reward_after)
             await document.rewrite(lesson.text.sample_id, lesson.text.text, origin, one.step)
 
-    async def _store(
+    def _addition(
         self, experience: Experience, source: Sample, text: str, before: float, after: float, labels: Labels
-    ) -> None:
+    ) -> list[Addition]:
+        """None for a text that the memory does not take."""
         if not 0 < len(text.encode()) <= MAX_TEXT_BYTES:
-            return
+            return []
         origin = self._origin(experience, source, before, after)
         # Equal texts share their evidence, where a run goes by that.
         by_evidence = not self.settings.algorithm.by_claims
-        await self.memory.add(source.sample_id, self.memory_scope, text, origin, labels, unless_known=by_evidence)
+        return [Addition(source.sample_id, self.memory_scope, text, origin, labels, unless_known=by_evidence)]
 
     def _origin(self, experience: Experience, source: Sample, before: float, after: float) -> Provenance:
         return Provenance(

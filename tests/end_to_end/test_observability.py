@@ -234,8 +234,9 @@ def test_one_trace_holds_a_step_through_all_four_services(observed: Observed) ->
         assert ["trainer step", "trainer publish", *updated] in paths
         learned = ["trainer LearnerService/ForwardBackward", "trainer LearnerService/ForwardBackward"]
         assert ["trainer step", "trainer learn", *learned] in paths
-        started = ["trainer EnvService/StartEpisode", "env EnvService/StartEpisode"]
-        assert ["trainer step", "trainer experience", "trainer attempt", *started] in paths
+        started = ["trainer EnvService/StartEpisodes", "env EnvService/StartEpisodes"]
+        assert ["trainer step", *started] in paths
+        assert ["trainer step", "trainer experience", "trainer attempt", "trainer start"] in paths
         queried = ["trainer MemoryService/QueryReflections", "memory MemoryService/QueryReflections"]
         assert ["trainer step", *queried] in paths
     alone = ["trainer PolicyService/Generate", "policy PolicyService/Generate", "policy generate"]
@@ -245,7 +246,11 @@ def test_one_trace_holds_a_step_through_all_four_services(observed: Observed) ->
 
 def test_calls_for_several_are_linked_with_each(observed: Observed) -> None:
     by_id = {span.span_id: span for span in observed.spans}
-    for name, kind in (("EnvService/StepEpisodes", "episode.step"), ("PolicyService/GenerateMany", "generate")):
+    for name, kind in (
+        ("EnvService/StartEpisodes", "episode.start"),
+        ("EnvService/StepEpisodes", "episode.step"),
+        ("PolicyService/GenerateMany", "generate"),
+    ):
         calls = [span for span in observed.spans if span.name.endswith(name) and span.kind == 3 and span.links]
         assert calls
         for call in calls:

@@ -41,8 +41,8 @@ def start(services: ServiceProcesses, folder: Path) -> tuple[Loop, ServiceProces
 
 
 def answered(server: ServiceProcess, method: str) -> int:
-    """Since its last start."""
-    return sum(line.get("method") == method and line["status"] == "OK" for line in server.log_lines)
+    """Since its last start; also the call for several, as StartEpisodes."""
+    return sum(str(line.get("method")).startswith(method) and line["status"] == "OK" for line in server.log_lines)
 
 
 def used_again(trainer: ServiceProcess, server: ServiceProcess) -> bool:

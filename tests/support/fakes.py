@@ -32,6 +32,7 @@ from mulligan.common.inference import (
     WeightsKind,
 )
 from mulligan.common.reflections import (
+    Addition,
     Labels,
     Provenance,
     ReflectionQuery,
@@ -344,6 +345,14 @@ class FakeMemory:
             entry = StoredReflection(request_id, scope, text, provenance, self.version, now, kind=kind)
             self.entries.append(replace(entry, key=labels.key, tags=labels.tags))
         return request_id
+
+    async def add_all(self, additions: Sequence[Addition]) -> Sequence[str]:
+        return [
+            await self.add(
+                one.request_id, one.scope, one.text, one.provenance, one.labels, unless_known=one.unless_known
+            )
+            for one in additions
+        ]
 
     async def revise(
         self,

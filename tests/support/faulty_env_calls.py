@@ -190,6 +190,65 @@ class DuplicatesInABatch(Faulty):
         return pb.StepEpisodesResponse(items=items)
 
 
+class StartsOutOfOrder(Faulty):
+    title = "items come in the order of the request, each with its episode or its error"
+
+    async def StartEpisodes(self, request: pb.StartEpisodesRequest, context: Any) -> pb.StartEpisodesResponse:
+        answer = await super().StartEpisodes(request, context)
+        return pb.StartEpisodesResponse(items=[*answer.items[1:], answer.items[0]])
+
+
+class StartsAllOrNothing(Faulty):
+    title = "items come in the order of the request, each with its episode or its error"
+
+    async def StartEpisodes(self, request: pb.StartEpisodesRequest, context: Any) -> pb.StartEpisodesResponse:
+        answer = await super().StartEpisodes(request, context)
+        for item in answer.items:
+            if item.HasField("error"):
+                raise DomainError(Reason(item.error.reason), item.error.message)
+        return answer
+
+
+class StartsInTurns(Faulty):
+    title = "each item is the episode that StartEpisode gives under that id, and it can be played"
+
+    async def StartEpisodes(self, request: pb.StartEpisodesRequest, context: Any) -> pb.StartEpisodesResponse:
+        answer = await super().StartEpisodes(request, context)
+        for item in answer.items:
+            item.episode.observation += " of a batch"
+        return answer
+
+
+class StartsForEver(Faulty):
+    title = "a repeated item returns the first answer; an item that is not done within max_wait is pending"
+
+    async def StartEpisodes(self, request: pb.StartEpisodesRequest, context: Any) -> pb.StartEpisodesResponse:
+        await super().StartEpisodes(request, context)
+        pending = pb.StartEpisodesResponse.Item(pending=pb.StartPending())
+        return pb.StartEpisodesResponse(items=[pending for _ in request.starts])
+
+
+class SharesIdsInABatch(Faulty):
+    title = "an id that is in use for another task is EPISODE_CONFLICT for its item alone"
+
+    async def StartEpisodes(self, request: pb.StartEpisodesRequest, context: Any) -> pb.StartEpisodesResponse:
+        for start in request.starts:
+            record = self._table._live.get(start.episode_id)
+            if record is not None:
+                start.task_id = record.task_id
+        return await super().StartEpisodes(request, context)
+
+
+class StartsTwiceInABatch(Faulty):
+    title = "a batch in which an id appears twice is INVALID_ARGUMENT INVALID_FIELD"
+
+    async def StartEpisodes(self, request: pb.StartEpisodesRequest, context: Any) -> pb.StartEpisodesResponse:
+        items: list[pb.StartEpisodesResponse.Item] = []
+        for start in request.starts:
+            items += (await super().StartEpisodes(pb.StartEpisodesRequest(starts=[start]), context)).items
+        return pb.StartEpisodesResponse(items=items)
+
+
 class ForkOfNow(Faulty):
     title = "a fork after fewer or more steps than were played, or after the end, is refused"
 

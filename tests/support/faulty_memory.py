@@ -132,6 +132,42 @@ class StoresAll(MemoryFault):
         request.unless_known = False
 
 
+class AddsInReverse(MemoryFault):
+    title = "each item is what AddReflection stores, in a version of its own and in their order"
+    call = "AddReflections"
+
+    def before(self, request: Any) -> None:
+        reflections = list(reversed(request.reflections))
+        del request.reflections[:]
+        request.reflections.extend(reflections)
+
+
+class AddsAgain(MemoryFault):
+    title = "a repeated item returns the first answer and makes no version"
+    call = "AddReflections"
+
+    def before(self, request: Any) -> None:
+        for one in request.reflections:
+            one.request_id = str(uuid4())
+
+
+class HidesRefusals(MemoryFault):
+    title = "an item that is refused has the error of AddReflection, and the others are stored"
+    call = "AddReflections"
+
+    def after(self, request: Any, answer: Any) -> None:
+        for item in answer.items:
+            if item.HasField("error"):
+                item.added.CopyFrom(pb.AddReflectionResponse(reflection_id="x", version=1))
+
+
+class StoresTheWellFormed(MemoryFault):
+    title = "a malformed call is INVALID_ARGUMENT INVALID_FIELD and named, and stores nothing"
+    call = "AddReflections"
+    error = "INVALID_FIELD"
+    instead = pb.AddReflectionsResponse()
+
+
 class IgnoresKeys(_Query):
     title = "BY_KEY finds all of a key, the latest first, also without a success"
 
@@ -386,7 +422,9 @@ class FirstContract(MemoryFault):
     """A server of the contract's first version: it knows neither the later calls nor the later fields."""
 
     call = "AddReflection"
-    left_out = frozenset({"ReviseReflection", "EraseReflection", "ReportOutcome", "ExplainReflection", "ListChanges"})
+    left_out = frozenset(
+        {"AddReflections", "ReviseReflection", "EraseReflection", "ReportOutcome", "ExplainReflection", "ListChanges"}
+    )
 
     def before(self, request: Any) -> None:
         for name in ("kind", "key", "tags", "source_ids", "embedding", "unless_known"):

@@ -51,13 +51,14 @@ def text_cut(patch: Patch) -> None:
     """The memory keeps half of a text."""
     from mulligan.memory.servicer import MemoryServicer
 
-    add = MemoryServicer.AddReflection
+    add = MemoryServicer._added
 
-    async def half(self: Any, request: Any, context: Any) -> Any:
-        request.text = request.text[: max(1, len(request.text) // 2)]
-        return await add(self, request, context)
+    async def half(self: Any, requests: Any, context: Any) -> Any:
+        for request in requests:
+            request.text = request.text[: max(1, len(request.text) // 2)]
+        return await add(self, requests, context)
 
-    patch(MemoryServicer, "AddReflection", half)
+    patch(MemoryServicer, "_added", half)
 
 
 def lost_episode_counts_as_cut(patch: Patch) -> None:

@@ -58,7 +58,12 @@ from tests.support.run_keys import write_keys
 from tests.support.tokens import token_of, write_tokens
 
 RUN_SECONDS = 60.0
-REPEATED = frozenset({"StepEpisodes", "StepEpisode", "AddReflection", "ReportOutcome", "ForwardBackward", "OptimStep"})
+REPEATED = frozenset(
+    {
+        *("StartEpisodes", "StepEpisodes", "StepEpisode", "AddReflection", "AddReflections", "ReportOutcome"),
+        *("ForwardBackward", "OptimStep"),
+    }
+)
 FAULTS = CallFaults(late_copies=0.1, late=0.1, overtaking=0.02, delay=0.01, lost_once=REPEATED)
 
 

@@ -51,18 +51,22 @@ def write_lost(patch: Patch) -> None:
     from mulligan.memory.store import reflection_id
     from mulligan.memory.v1 import memory_service_pb2 as pb
 
-    add = MemoryServicer.AddReflection
+    add = MemoryServicer._added
     seen: list[str] = []
 
-    async def lose(self: Any, request: Any, context: Any) -> Any:
-        if request.request_id.startswith("intruder"):  # it is refused
-            return await add(self, request, context)
-        seen.append(request.request_id)
-        if request.request_id != sorted(set(seen), key=seen.index)[-1] or len(set(seen)) != 2:
-            return await add(self, request, context)
-        return pb.AddReflectionResponse(reflection_id=reflection_id(request.scope, request.request_id), version=2)
+    async def lose(self: Any, requests: Any, context: Any) -> Any:
+        answers: list[Any] = []
+        for request in requests:
+            if request.request_id not in seen and not request.request_id.startswith("intruder"):  # these are refused
+                seen.append(request.request_id)
+            if request.request_id in seen[1:2]:
+                identity = reflection_id(request.scope, request.request_id)
+                answers.append(pb.AddReflectionResponse(reflection_id=identity, version=2))
+            else:
+                answers += await add(self, [request], context)
+        return answers
 
-    patch(MemoryServicer, "AddReflection", lose)
+    patch(MemoryServicer, "_added", lose)
 
 
 def write_stored_twice(patch: Patch) -> None:
@@ -70,16 +74,16 @@ def write_stored_twice(patch: Patch) -> None:
     from mulligan.memory.servicer import MemoryServicer
     from mulligan.memory.v1 import memory_service_pb2 as pb
 
-    add = MemoryServicer.AddReflection
+    add = MemoryServicer._added
 
-    async def twice(self: Any, request: Any, context: Any) -> Any:
-        again = pb.AddReflectionRequest()
-        again.CopyFrom(request)
-        again.request_id += "-again"
+    async def twice(self: Any, requests: Any, context: Any) -> Any:
+        again = pb.AddReflectionsRequest(reflections=requests).reflections
+        for request in again:
+            request.request_id += "-again"
         await add(self, again, context)
-        return await add(self, request, context)
+        return await add(self, requests, context)
 
-    patch(MemoryServicer, "AddReflection", twice)
+    patch(MemoryServicer, "_added", twice)
 
 
 def report_counted_twice(patch: Patch) -> None:

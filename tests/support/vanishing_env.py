@@ -67,6 +67,25 @@ async def start_episode(folder: Path, caller: Vanishing) -> None:
         await at_each_wait(caller, lambda: its.stub.StartEpisode(its.start()), begun)
 
 
+async def start_episodes(folder: Path, caller: Vanishing) -> None:
+    def starts() -> pb.StartEpisodesRequest:
+        return pb.StartEpisodesRequest(
+            starts=[pb.StartEpisodeRequest(episode_id=name, environment="echo", task_id="t") for name in names]
+        )
+
+    async def begun(answer: Any) -> None:
+        again = await its.stub.StartEpisodes(starts())
+        assert [item.episode.observation for item in again.items] == ["begin"] * 3
+        assert answer is None or answer == again
+        assert its.table.live_count == 3, "one of each id, whoever asked for it"
+        await its.end_all(*names)
+        names[:] = [uuid4().hex for _ in names]
+
+    async with _serving(caller) as its:
+        names = ["one", "two", "three"]
+        await at_each_wait(caller, lambda: its.stub.StartEpisodes(starts()), begun)
+
+
 async def step_episode(folder: Path, caller: Vanishing) -> None:
     async def stepped(answer: Any) -> None:
         again = await its.stub.StepEpisode(its.step())
@@ -137,6 +156,7 @@ async def end_episode(folder: Path, caller: Vanishing) -> None:
 _SERVICE = "/mulligan.env.v1.EnvService/"
 CASES: dict[str, Case] = {
     f"{_SERVICE}StartEpisode": start_episode,
+    f"{_SERVICE}StartEpisodes": start_episodes,
     f"{_SERVICE}StepEpisode": step_episode,
     f"{_SERVICE}StepEpisodes": step_episodes,
     f"{_SERVICE}ForkEpisode": fork_episode,

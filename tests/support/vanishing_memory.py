@@ -22,8 +22,8 @@ class _Entries:
         self.stub = stub
         self.written = 0
 
-    def new(self) -> pb.AddReflectionRequest:
-        number = self.written
+    def new(self, ahead: int = 0) -> pb.AddReflectionRequest:
+        number = self.written + ahead
         provenance = pb.Provenance(environment="lake")
         return pb.AddReflectionRequest(request_id=f"r{number}", scope="s", text=f"text {number}", provenance=provenance)
 
@@ -65,6 +65,21 @@ async def add_reflection(folder: Path, caller: Vanishing) -> None:
 
     async with _serving(folder, caller) as its:
         await at_each_wait(caller, lambda: its.stub.AddReflection(its.new()), added)
+
+
+async def add_reflections(folder: Path, caller: Vanishing) -> None:
+    def several() -> pb.AddReflectionsRequest:
+        return pb.AddReflectionsRequest(reflections=map(its.new, range(3)))
+
+    async def added(answer: Any) -> None:
+        again = await its.stub.AddReflections(several())
+        assert answer is None or answer == again
+        its.written += 3
+        texts = sorted(found.text for found in await its.listed())
+        assert texts == sorted(f"text {number}" for number in range(its.written))
+
+    async with _serving(folder, caller) as its:
+        await at_each_wait(caller, lambda: its.stub.AddReflections(several()), added)
 
 
 async def query_reflections(folder: Path, caller: Vanishing) -> None:
@@ -173,6 +188,7 @@ async def erase_reflection(folder: Path, caller: Vanishing) -> None:
 _SERVICE = "/mulligan.memory.v1.MemoryService/"
 CASES: dict[str, Case] = {
     f"{_SERVICE}AddReflection": add_reflection,
+    f"{_SERVICE}AddReflections": add_reflections,
     f"{_SERVICE}QueryReflections": query_reflections,
     f"{_SERVICE}ReportOutcome": report_outcome,
     f"{_SERVICE}ReviseReflection": revise_reflection,

@@ -24,7 +24,7 @@ MAX_FUNCTION_LINES = 60
 WIRE_PACKAGES = ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "buf", "protovalidate")
 STUBS = tuple(f"mulligan.{name}.v1" for name in (*SERVICES, "common"))
 # A service's own wire.py holds the conversions that its servicer and its client share.
-WIRE_FILES = ("servicer.py", "client.py", "generate_queue.py", "wire.py", "experience_wire.py")
+WIRE_FILES = ("servicer.py", "client.py", "generate_queue.py", "start_queue.py", "wire.py", "experience_wire.py")
 CLIENTS = ("client", "replicas")  # of one server, of several
 WIRE_COMMON = ("status.py", "server.py", "grpc_server.py", "health.py", "validation.py", "channel.py")
 TORCH_PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")

@@ -14,6 +14,14 @@ NOTHING = pb.ListEnvironmentsRequest()
 _ALWAYS = "conformance-of-bad-fields"
 
 
+async def starts_together(session: CheckSession) -> None:
+    """Raises NotApplicable where the server leaves StartEpisodes out."""
+    start = pb.StartEpisodeRequest(episode_id=f"conformance-{uuid4()}", environment="no-such-environment", task_id="y")
+    answer = await session.attempt("StartEpisodes", pb.StartEpisodesRequest(starts=[start]))
+    if isinstance(answer, Refusal) and answer.code == "UNIMPLEMENTED":
+        raise NotApplicable("the server leaves StartEpisodes out")
+
+
 @suite.check("ListEnvironments", "each environment is listed once, under a name")
 async def listed_once(session: CheckSession) -> None:
     names = [info.name for info in (await session.ask("ListEnvironments", NOTHING)).environments]
@@ -95,6 +103,30 @@ BAD_STARTS: tuple[tuple[str, pb.StartEpisodeRequest], ...] = (
 async def bad_starts(session: CheckSession) -> None:
     for field, request in BAD_STARTS:
         await session.bad_field("StartEpisode", request, field)
+
+
+@suite.check("StartEpisodes", "a malformed batch is INVALID_ARGUMENT INVALID_FIELD and named")
+async def bad_batches_of_starts(session: CheckSession) -> None:
+    await starts_together(session)
+    start = pb.StartEpisodeRequest(episode_id=_ALWAYS, environment="x", task_id="y")
+    starts = [pb.StartEpisodeRequest(episode_id=f"{_ALWAYS}-{n}", environment="x", task_id="y") for n in range(1025)]
+    await session.bad_field("StartEpisodes", pb.StartEpisodesRequest(), "starts")
+    await session.bad_field("StartEpisodes", pb.StartEpisodesRequest(starts=starts), "starts")
+    for field, bad in BAD_STARTS:
+        request = pb.StartEpisodesRequest(starts=[start, bad])
+        await session.bad_field("StartEpisodes", request, f"starts[1].{field}")
+    for seconds in (-1, 3601):
+        request = pb.StartEpisodesRequest(starts=[start])
+        request.max_wait.seconds = seconds
+        await session.bad_field("StartEpisodes", request, "max_wait")
+
+
+@suite.check("StartEpisodes", "a batch in which an id appears twice is INVALID_ARGUMENT INVALID_FIELD")
+async def repeated_start(session: CheckSession) -> None:
+    await starts_together(session)
+    start = pb.StartEpisodeRequest(episode_id=f"conformance-{uuid4()}", environment="x", task_id="y")
+    session.later("EndEpisode", pb.EndEpisodeRequest(episode_id=start.episode_id))
+    await session.bad_field("StartEpisodes", pb.StartEpisodesRequest(starts=[start, start]), "starts")
 
 
 @suite.check("StepEpisode", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named")

@@ -6,14 +6,14 @@ further strategies, revisions, erasing, uses, the log) is not applicable at a se
 from __future__ import annotations
 
 from mulligan.conformance import common
-from mulligan.conformance.memory import entries, erasing, labels, log, queries, revisions, strategies, uses
+from mulligan.conformance.memory import additions, entries, erasing, labels, log, queries, revisions, strategies, uses
 from mulligan.conformance.report import Suite
 from mulligan.conformance.target import CheckSession
 from mulligan.memory.v1 import memory_service_pb2 as pb
 
 FIRST = ("GetSnapshot", pb.GetSnapshotRequest(scope="conformance"))
 MEMORY: Suite[CheckSession] = Suite()
-MEMORY.extend(part.suite for part in (entries, queries, labels, strategies, revisions, erasing, uses, log))
+MEMORY.extend(part.suite for part in (entries, additions, queries, labels, strategies, revisions, erasing, uses, log))
 common.add_credential(MEMORY, *FIRST)
 common.add_roles(MEMORY, "DeleteReflection", pb.DeleteReflectionRequest(reflection_id="no-such-reflection"))
 common.add_health(MEMORY)

@@ -28,7 +28,7 @@ from mulligan.common.v1 import message_pb2 as mulligan_dot_common_dot_v1_dot_mes
 from mulligan.common.v1 import outcome_pb2 as mulligan_dot_common_dot_v1_dot_outcome__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!mulligan/env/v1/env_service.proto\x12\x0fmulligan.env.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a mulligan/common/v1/message.proto\x1a mulligan/common/v1/outcome.proto\"\xe2\x01\n\tPromptSet\x12\x0e\n\x06solver\x18\x01 \x01(\t\x12\x17\n\x0f\x61\x63tion_reminder\x18\x02 \x01(\t\x12\x19\n\x11reflection_system\x18\x03 \x01(\t\x12\x12\n\nreflection\x18\x04 \x01(\t\x12\x14\n\x0cmemory_empty\x18\x05 \x01(\t\x12\x12\n\ntrace_turn\x18\x06 \x01(\t\x12\r\n\x05retry\x18\x07 \x01(\t\x12\x11\n\ttry_again\x18\x08 \x01(\t\x12\x17\n\x0freflection_open\x18\t \x01(\t\x12\x18\n\x10reflection_close\x18\n \x01(\t\"\xb8\x02\n\x0f\x45nvironmentInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12+\n\x07prompts\x18\x03 \x01(\x0b\x32\x1a.mulligan.env.v1.PromptSet\x12\x11\n\tmax_steps\x18\x04 \x01(\x05\x12\x12\n\nmax_reward\x18\x05 \x01(\x01\x12\x15\n\rdeterministic\x18\x06 \x01(\x08\x12\x18\n\x10train_task_count\x18\x07 \x01(\x03\x12\x17\n\x0ftest_task_count\x18\x08 \x01(\x03\x12\'\n\x05tools\x18\t \x03(\x0b\x32\x18.mulligan.common.v1.Tool\x12\x13\n\x0bunavailable\x18\n \x01(\t\x12\x10\n\x08\x63\x61n_fork\x18\x0b \x01(\x08\x12\x14\n\x0cplayer_count\x18\x0c \x01(\x05\"\x19\n\x17ListEnvironmentsRequest\"R\n\x18ListEnvironmentsResponse\x12\x36\n\x0c\x65nvironments\x18\x01 \x03(\x0b\x32 .mulligan.env.v1.EnvironmentInfo\"\xa3\x01\n\x10ListTasksRequest\x12\x1f\n\x0b\x65nvironment\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x31\n\x05split\x18\x02 \x01(\x0e\x32\x16.mulligan.env.v1.SplitB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x1d\n\tpage_size\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\"\xb6\x01\n\x08TaskInfo\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12%\n\x05split\x18\x02 \x01(\x0e\x32\x16.mulligan.env.v1.Split\x12\x12\n\ndifficulty\x18\x03 \x01(\x01\x12\x31\n\x04tags\x18\x04 \x03(\x0b\x32#.mulligan.env.v1.TaskInfo.TagsEntry\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"V\n\x11ListTasksResponse\x12(\n\x05tasks\x18\x01 \x03(\x0b\x32\x19.mulligan.env.v1.TaskInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"s\n\x13StartEpisodeRequest\x12\x1e\n\nepisode_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x1f\n\x0b\x65nvironment\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x1b\n\x07task_id\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\"e\n\x14StartEpisodeResponse\x12\x13\n\x0bobservation\x18\x01 \x01(\t\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06player\x18\x03 \x01(\x05\"m\n\x12StepEpisodeRequest\x12\x1e\n\nepisode_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x1b\n\nstep_index\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1a\n\x06\x61\x63tion\x18\x03 \x01(\tB\n\xbaH\x07r\x05(\x80\x80\x80\x02\"\xe6\x01\n\x13StepEpisodeResponse\x12\x13\n\x0bobservation\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x13\n\x06reward\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x06 \x01(\t\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x0c\n\x04tool\x18\x08 \x01(\t\x12\x0e\n\x06player\x18\t \x01(\x05\x12\x0f\n\x07rewards\x18\n \x03(\x01\x42\t\n\x07_reward\"\x92\x01\n\x13StepEpisodesRequest\x12?\n\x05steps\x18\x01 \x03(\x0b\x32#.mulligan.env.v1.StepEpisodeRequestB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x08\x12:\n\x08max_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\x90\x1c\x32\x00\"\xa7\x01\n\tStepError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12:\n\x08metadata\x18\x04 \x03(\x0b\x32(.mulligan.env.v1.StepError.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\r\n\x0bStepPending\"\xf8\x01\n\x14StepEpisodesResponse\x12\x39\n\x05items\x18\x01 \x03(\x0b\x32*.mulligan.env.v1.StepEpisodesResponse.Item\x1a\xa4\x01\n\x04Item\x12\x34\n\x04step\x18\x01 \x01(\x0b\x32$.mulligan.env.v1.StepEpisodeResponseH\x00\x12+\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1a.mulligan.env.v1.StepErrorH\x00\x12/\n\x07pending\x18\x03 \x01(\x0b\x32\x1c.mulligan.env.v1.StepPendingH\x00\x42\x08\n\x06result\"u\n\x12\x46orkEpisodeRequest\x12\x1e\n\nepisode_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x1b\n\nstep_index\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\"\n\x0enew_episode_id\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\"d\n\x13\x46orkEpisodeResponse\x12\x13\n\x0bobservation\x18\x01 \x01(\t\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06player\x18\x03 \x01(\x05\"3\n\x11\x45ndEpisodeRequest\x12\x1e\n\nepisode_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\"\x14\n\x12\x45ndEpisodeResponse*?\n\x05Split\x12\x15\n\x11SPLIT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSPLIT_TRAIN\x10\x01\x12\x0e\n\nSPLIT_TEST\x10\x02\x32\x8e\x05\n\nEnvService\x12g\n\x10ListEnvironments\x12(.mulligan.env.v1.ListEnvironmentsRequest\x1a).mulligan.env.v1.ListEnvironmentsResponse\x12R\n\tListTasks\x12!.mulligan.env.v1.ListTasksRequest\x1a\".mulligan.env.v1.ListTasksResponse\x12[\n\x0cStartEpisode\x12$.mulligan.env.v1.StartEpisodeRequest\x1a%.mulligan.env.v1.StartEpisodeResponse\x12X\n\x0bStepEpisode\x12#.mulligan.env.v1.StepEpisodeRequest\x1a$.mulligan.env.v1.StepEpisodeResponse\x12[\n\x0cStepEpisodes\x12$.mulligan.env.v1.StepEpisodesRequest\x1a%.mulligan.env.v1.StepEpisodesResponse\x12X\n\x0b\x46orkEpisode\x12#.mulligan.env.v1.ForkEpisodeRequest\x1a$.mulligan.env.v1.ForkEpisodeResponse\x12U\n\nEndEpisode\x12\".mulligan.env.v1.EndEpisodeRequest\x1a#.mulligan.env.v1.EndEpisodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!mulligan/env/v1/env_service.proto\x12\x0fmulligan.env.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a mulligan/common/v1/message.proto\x1a mulligan/common/v1/outcome.proto\"\xe2\x01\n\tPromptSet\x12\x0e\n\x06solver\x18\x01 \x01(\t\x12\x17\n\x0f\x61\x63tion_reminder\x18\x02 \x01(\t\x12\x19\n\x11reflection_system\x18\x03 \x01(\t\x12\x12\n\nreflection\x18\x04 \x01(\t\x12\x14\n\x0cmemory_empty\x18\x05 \x01(\t\x12\x12\n\ntrace_turn\x18\x06 \x01(\t\x12\r\n\x05retry\x18\x07 \x01(\t\x12\x11\n\ttry_again\x18\x08 \x01(\t\x12\x17\n\x0freflection_open\x18\t \x01(\t\x12\x18\n\x10reflection_close\x18\n \x01(\t\"\xb8\x02\n\x0f\x45nvironmentInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12+\n\x07prompts\x18\x03 \x01(\x0b\x32\x1a.mulligan.env.v1.PromptSet\x12\x11\n\tmax_steps\x18\x04 \x01(\x05\x12\x12\n\nmax_reward\x18\x05 \x01(\x01\x12\x15\n\rdeterministic\x18\x06 \x01(\x08\x12\x18\n\x10train_task_count\x18\x07 \x01(\x03\x12\x17\n\x0ftest_task_count\x18\x08 \x01(\x03\x12\'\n\x05tools\x18\t \x03(\x0b\x32\x18.mulligan.common.v1.Tool\x12\x13\n\x0bunavailable\x18\n \x01(\t\x12\x10\n\x08\x63\x61n_fork\x18\x0b \x01(\x08\x12\x14\n\x0cplayer_count\x18\x0c \x01(\x05\"\x19\n\x17ListEnvironmentsRequest\"R\n\x18ListEnvironmentsResponse\x12\x36\n\x0c\x65nvironments\x18\x01 \x03(\x0b\x32 .mulligan.env.v1.EnvironmentInfo\"\xa3\x01\n\x10ListTasksRequest\x12\x1f\n\x0b\x65nvironment\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x31\n\x05split\x18\x02 \x01(\x0e\x32\x16.mulligan.env.v1.SplitB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x1d\n\tpage_size\x18\x03 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\"\xb6\x01\n\x08TaskInfo\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12%\n\x05split\x18\x02 \x01(\x0e\x32\x16.mulligan.env.v1.Split\x12\x12\n\ndifficulty\x18\x03 \x01(\x01\x12\x31\n\x04tags\x18\x04 \x03(\x0b\x32#.mulligan.env.v1.TaskInfo.TagsEntry\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"V\n\x11ListTasksResponse\x12(\n\x05tasks\x18\x01 \x03(\x0b\x32\x19.mulligan.env.v1.TaskInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"s\n\x13StartEpisodeRequest\x12\x1e\n\nepisode_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x1f\n\x0b\x65nvironment\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x1b\n\x07task_id\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\"e\n\x14StartEpisodeResponse\x12\x13\n\x0bobservation\x18\x01 \x01(\t\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06player\x18\x03 \x01(\x05\"\x95\x01\n\x14StartEpisodesRequest\x12\x41\n\x06starts\x18\x01 \x03(\x0b\x32$.mulligan.env.v1.StartEpisodeRequestB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x08\x12:\n\x08max_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\x90\x1c\x32\x00\"\xd9\x01\n\nStartError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12;\n\x08metadata\x18\x04 \x03(\x0b\x32).mulligan.env.v1.StartError.MetadataEntry\x12.\n\x0bretry_delay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x0e\n\x0cStartPending\"\x80\x02\n\x15StartEpisodesResponse\x12:\n\x05items\x18\x01 \x03(\x0b\x32+.mulligan.env.v1.StartEpisodesResponse.Item\x1a\xaa\x01\n\x04Item\x12\x38\n\x07\x65pisode\x18\x01 \x01(\x0b\x32%.mulligan.env.v1.StartEpisodeResponseH\x00\x12,\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1b.mulligan.env.v1.StartErrorH\x00\x12\x30\n\x07pending\x18\x03 \x01(\x0b\x32\x1d.mulligan.env.v1.StartPendingH\x00\x42\x08\n\x06result\"m\n\x12StepEpisodeRequest\x12\x1e\n\nepisode_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x1b\n\nstep_index\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1a\n\x06\x61\x63tion\x18\x03 \x01(\tB\n\xbaH\x07r\x05(\x80\x80\x80\x02\"\xe6\x01\n\x13StepEpisodeResponse\x12\x13\n\x0bobservation\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x13\n\x06reward\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x06 \x01(\t\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x0c\n\x04tool\x18\x08 \x01(\t\x12\x0e\n\x06player\x18\t \x01(\x05\x12\x0f\n\x07rewards\x18\n \x03(\x01\x42\t\n\x07_reward\"\x92\x01\n\x13StepEpisodesRequest\x12?\n\x05steps\x18\x01 \x03(\x0b\x32#.mulligan.env.v1.StepEpisodeRequestB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x08\x12:\n\x08max_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\x90\x1c\x32\x00\"\xa7\x01\n\tStepError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12:\n\x08metadata\x18\x04 \x03(\x0b\x32(.mulligan.env.v1.StepError.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\r\n\x0bStepPending\"\xf8\x01\n\x14StepEpisodesResponse\x12\x39\n\x05items\x18\x01 \x03(\x0b\x32*.mulligan.env.v1.StepEpisodesResponse.Item\x1a\xa4\x01\n\x04Item\x12\x34\n\x04step\x18\x01 \x01(\x0b\x32$.mulligan.env.v1.StepEpisodeResponseH\x00\x12+\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1a.mulligan.env.v1.StepErrorH\x00\x12/\n\x07pending\x18\x03 \x01(\x0b\x32\x1c.mulligan.env.v1.StepPendingH\x00\x42\x08\n\x06result\"u\n\x12\x46orkEpisodeRequest\x12\x1e\n\nepisode_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x1b\n\nstep_index\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\"\n\x0enew_episode_id\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\"d\n\x13\x46orkEpisodeResponse\x12\x13\n\x0bobservation\x18\x01 \x01(\t\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06player\x18\x03 \x01(\x05\"3\n\x11\x45ndEpisodeRequest\x12\x1e\n\nepisode_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\"\x14\n\x12\x45ndEpisodeResponse*?\n\x05Split\x12\x15\n\x11SPLIT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSPLIT_TRAIN\x10\x01\x12\x0e\n\nSPLIT_TEST\x10\x02\x32\xee\x05\n\nEnvService\x12g\n\x10ListEnvironments\x12(.mulligan.env.v1.ListEnvironmentsRequest\x1a).mulligan.env.v1.ListEnvironmentsResponse\x12R\n\tListTasks\x12!.mulligan.env.v1.ListTasksRequest\x1a\".mulligan.env.v1.ListTasksResponse\x12[\n\x0cStartEpisode\x12$.mulligan.env.v1.StartEpisodeRequest\x1a%.mulligan.env.v1.StartEpisodeResponse\x12^\n\rStartEpisodes\x12%.mulligan.env.v1.StartEpisodesRequest\x1a&.mulligan.env.v1.StartEpisodesResponse\x12X\n\x0bStepEpisode\x12#.mulligan.env.v1.StepEpisodeRequest\x1a$.mulligan.env.v1.StepEpisodeResponse\x12[\n\x0cStepEpisodes\x12$.mulligan.env.v1.StepEpisodesRequest\x1a%.mulligan.env.v1.StepEpisodesResponse\x12X\n\x0b\x46orkEpisode\x12#.mulligan.env.v1.ForkEpisodeRequest\x1a$.mulligan.env.v1.ForkEpisodeResponse\x12U\n\nEndEpisode\x12\".mulligan.env.v1.EndEpisodeRequest\x1a#.mulligan.env.v1.EndEpisodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,6 +51,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTEPISODEREQUEST'].fields_by_name['environment']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
   _globals['_STARTEPISODEREQUEST'].fields_by_name['task_id']._loaded_options = None
   _globals['_STARTEPISODEREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_STARTEPISODESREQUEST'].fields_by_name['starts']._loaded_options = None
+  _globals['_STARTEPISODESREQUEST'].fields_by_name['starts']._serialized_options = b'\272H\010\222\001\005\010\001\020\200\010'
+  _globals['_STARTEPISODESREQUEST'].fields_by_name['max_wait']._loaded_options = None
+  _globals['_STARTEPISODESREQUEST'].fields_by_name['max_wait']._serialized_options = b'\272H\n\252\001\007\"\003\010\220\0342\000'
+  _globals['_STARTERROR_METADATAENTRY']._loaded_options = None
+  _globals['_STARTERROR_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_STEPEPISODEREQUEST'].fields_by_name['episode_id']._loaded_options = None
   _globals['_STEPEPISODEREQUEST'].fields_by_name['episode_id']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
   _globals['_STEPEPISODEREQUEST'].fields_by_name['step_index']._loaded_options = None
@@ -71,8 +77,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORKEPISODEREQUEST'].fields_by_name['new_episode_id']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
   _globals['_ENDEPISODEREQUEST'].fields_by_name['episode_id']._loaded_options = None
   _globals['_ENDEPISODEREQUEST'].fields_by_name['episode_id']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
-  _globals['_SPLIT']._serialized_start=2722
-  _globals['_SPLIT']._serialized_end=2785
+  _globals['_SPLIT']._serialized_start=3369
+  _globals['_SPLIT']._serialized_end=3432
   _globals['_PROMPTSET']._serialized_start=184
   _globals['_PROMPTSET']._serialized_end=410
   _globals['_ENVIRONMENTINFO']._serialized_start=413
@@ -93,30 +99,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTEPISODEREQUEST']._serialized_end=1392
   _globals['_STARTEPISODERESPONSE']._serialized_start=1394
   _globals['_STARTEPISODERESPONSE']._serialized_end=1495
-  _globals['_STEPEPISODEREQUEST']._serialized_start=1497
-  _globals['_STEPEPISODEREQUEST']._serialized_end=1606
-  _globals['_STEPEPISODERESPONSE']._serialized_start=1609
-  _globals['_STEPEPISODERESPONSE']._serialized_end=1839
-  _globals['_STEPEPISODESREQUEST']._serialized_start=1842
-  _globals['_STEPEPISODESREQUEST']._serialized_end=1988
-  _globals['_STEPERROR']._serialized_start=1991
-  _globals['_STEPERROR']._serialized_end=2158
-  _globals['_STEPERROR_METADATAENTRY']._serialized_start=2111
-  _globals['_STEPERROR_METADATAENTRY']._serialized_end=2158
-  _globals['_STEPPENDING']._serialized_start=2160
-  _globals['_STEPPENDING']._serialized_end=2173
-  _globals['_STEPEPISODESRESPONSE']._serialized_start=2176
-  _globals['_STEPEPISODESRESPONSE']._serialized_end=2424
-  _globals['_STEPEPISODESRESPONSE_ITEM']._serialized_start=2260
-  _globals['_STEPEPISODESRESPONSE_ITEM']._serialized_end=2424
-  _globals['_FORKEPISODEREQUEST']._serialized_start=2426
-  _globals['_FORKEPISODEREQUEST']._serialized_end=2543
-  _globals['_FORKEPISODERESPONSE']._serialized_start=2545
-  _globals['_FORKEPISODERESPONSE']._serialized_end=2645
-  _globals['_ENDEPISODEREQUEST']._serialized_start=2647
-  _globals['_ENDEPISODEREQUEST']._serialized_end=2698
-  _globals['_ENDEPISODERESPONSE']._serialized_start=2700
-  _globals['_ENDEPISODERESPONSE']._serialized_end=2720
-  _globals['_ENVSERVICE']._serialized_start=2788
-  _globals['_ENVSERVICE']._serialized_end=3442
+  _globals['_STARTEPISODESREQUEST']._serialized_start=1498
+  _globals['_STARTEPISODESREQUEST']._serialized_end=1647
+  _globals['_STARTERROR']._serialized_start=1650
+  _globals['_STARTERROR']._serialized_end=1867
+  _globals['_STARTERROR_METADATAENTRY']._serialized_start=1820
+  _globals['_STARTERROR_METADATAENTRY']._serialized_end=1867
+  _globals['_STARTPENDING']._serialized_start=1869
+  _globals['_STARTPENDING']._serialized_end=1883
+  _globals['_STARTEPISODESRESPONSE']._serialized_start=1886
+  _globals['_STARTEPISODESRESPONSE']._serialized_end=2142
+  _globals['_STARTEPISODESRESPONSE_ITEM']._serialized_start=1972
+  _globals['_STARTEPISODESRESPONSE_ITEM']._serialized_end=2142
+  _globals['_STEPEPISODEREQUEST']._serialized_start=2144
+  _globals['_STEPEPISODEREQUEST']._serialized_end=2253
+  _globals['_STEPEPISODERESPONSE']._serialized_start=2256
+  _globals['_STEPEPISODERESPONSE']._serialized_end=2486
+  _globals['_STEPEPISODESREQUEST']._serialized_start=2489
+  _globals['_STEPEPISODESREQUEST']._serialized_end=2635
+  _globals['_STEPERROR']._serialized_start=2638
+  _globals['_STEPERROR']._serialized_end=2805
+  _globals['_STEPERROR_METADATAENTRY']._serialized_start=1820
+  _globals['_STEPERROR_METADATAENTRY']._serialized_end=1867
+  _globals['_STEPPENDING']._serialized_start=2807
+  _globals['_STEPPENDING']._serialized_end=2820
+  _globals['_STEPEPISODESRESPONSE']._serialized_start=2823
+  _globals['_STEPEPISODESRESPONSE']._serialized_end=3071
+  _globals['_STEPEPISODESRESPONSE_ITEM']._serialized_start=2907
+  _globals['_STEPEPISODESRESPONSE_ITEM']._serialized_end=3071
+  _globals['_FORKEPISODEREQUEST']._serialized_start=3073
+  _globals['_FORKEPISODEREQUEST']._serialized_end=3190
+  _globals['_FORKEPISODERESPONSE']._serialized_start=3192
+  _globals['_FORKEPISODERESPONSE']._serialized_end=3292
+  _globals['_ENDEPISODEREQUEST']._serialized_start=3294
+  _globals['_ENDEPISODEREQUEST']._serialized_end=3345
+  _globals['_ENDEPISODERESPONSE']._serialized_start=3347
+  _globals['_ENDEPISODERESPONSE']._serialized_end=3367
+  _globals['_ENVSERVICE']._serialized_start=3435
+  _globals['_ENVSERVICE']._serialized_end=4185
 # @@protoc_insertion_point(module_scope)

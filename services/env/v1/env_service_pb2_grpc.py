@@ -68,6 +68,11 @@ class EnvServiceStub:
                 request_serializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodeRequest.SerializeToString,
                 response_deserializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodeResponse.FromString,
                 _registered_method=True)
+        self.StartEpisodes = channel.unary_unary(
+                '/mulligan.env.v1.EnvService/StartEpisodes',
+                request_serializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodesRequest.SerializeToString,
+                response_deserializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodesResponse.FromString,
+                _registered_method=True)
         self.StepEpisode = channel.unary_unary(
                 '/mulligan.env.v1.EnvService/StepEpisode',
                 request_serializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StepEpisodeRequest.SerializeToString,
@@ -140,6 +145,16 @@ class EnvServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartEpisodes(self, request, context):
+        """Starts many episodes. Each item has the result or the error of StartEpisode; the call itself fails only when the
+        request is malformed. An id may appear once. Idempotent on each episode_id, so an item that came back as `pending`
+        can be repeated.
+        Servers may leave this call out (UNIMPLEMENTED): then clients call StartEpisode for each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StepEpisode(self, request, context):
         """Applies one action, exactly once for each (episode_id, step_index): a repeated call returns the stored answer. If
         the step still runs, the repeated call waits for it. Answers are kept until EndEpisode or the end of the lease. A
@@ -200,6 +215,11 @@ def add_EnvServiceServicer_to_server(servicer, server):
                     servicer.StartEpisode,
                     request_deserializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodeRequest.FromString,
                     response_serializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodeResponse.SerializeToString,
+            ),
+            'StartEpisodes': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartEpisodes,
+                    request_deserializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodesRequest.FromString,
+                    response_serializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodesResponse.SerializeToString,
             ),
             'StepEpisode': grpc.unary_unary_rpc_method_handler(
                     servicer.StepEpisode,
@@ -322,6 +342,33 @@ class EnvService:
             '/mulligan.env.v1.EnvService/StartEpisode',
             mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodeRequest.SerializeToString,
             mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartEpisodes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mulligan.env.v1.EnvService/StartEpisodes',
+            mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodesRequest.SerializeToString,
+            mulligan_dot_env_dot_v1_dot_env__service__pb2.StartEpisodesResponse.FromString,
             options,
             channel_credentials,
             insecure,

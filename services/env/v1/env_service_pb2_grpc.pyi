@@ -51,6 +51,12 @@ class EnvServiceStub:
     RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo. INTERNAL ENVIRONMENT_FAILED: the environment
     raised, or took longer than a step may; the id is free again.
     """
+    StartEpisodes: _aio.UnaryUnaryMultiCallable[_env_service_pb2.StartEpisodesRequest, _env_service_pb2.StartEpisodesResponse]
+    """Starts many episodes. Each item has the result or the error of StartEpisode; the call itself fails only when the
+    request is malformed. An id may appear once. Idempotent on each episode_id, so an item that came back as `pending`
+    can be repeated.
+    Servers may leave this call out (UNIMPLEMENTED): then clients call StartEpisode for each.
+    """
     StepEpisode: _aio.UnaryUnaryMultiCallable[_env_service_pb2.StepEpisodeRequest, _env_service_pb2.StepEpisodeResponse]
     """Applies one action, exactly once for each (episode_id, step_index): a repeated call returns the stored answer. If
     the step still runs, the repeated call waits for it. Answers are kept until EndEpisode or the end of the lease. A
@@ -132,6 +138,18 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION ENVIRONMENT_UNAVAILABLE: `unavailable` of the environment says why.
         RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo. INTERNAL ENVIRONMENT_FAILED: the environment
         raised, or took longer than a step may; the id is free again.
+        """
+
+    @_abc_1.abstractmethod
+    def StartEpisodes(
+        self,
+        request: _env_service_pb2.StartEpisodesRequest,
+        context: _aio.ServicerContext[_env_service_pb2.StartEpisodesRequest, _abc.Awaitable[_env_service_pb2.StartEpisodesResponse]],
+    ) -> _abc.Awaitable[_env_service_pb2.StartEpisodesResponse]:
+        """Starts many episodes. Each item has the result or the error of StartEpisode; the call itself fails only when the
+        request is malformed. An id may appear once. Idempotent on each episode_id, so an item that came back as `pending`
+        can be repeated.
+        Servers may leave this call out (UNIMPLEMENTED): then clients call StartEpisode for each.
         """
 
     @_abc_1.abstractmethod

@@ -77,6 +77,11 @@ class MemoryServiceStub:
                 request_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionRequest.SerializeToString,
                 response_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionResponse.FromString,
                 _registered_method=True)
+        self.AddReflections = channel.unary_unary(
+                '/mulligan.memory.v1.MemoryService/AddReflections',
+                request_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionsRequest.SerializeToString,
+                response_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionsResponse.FromString,
+                _registered_method=True)
         self.QueryReflections = channel.unary_unary(
                 '/mulligan.memory.v1.MemoryService/QueryReflections',
                 request_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.QueryReflectionsRequest.SerializeToString,
@@ -180,6 +185,16 @@ class MemoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddReflections(self, request, context):
+        """Stores many reflections, in the order of the request. Each item has the result or the error of AddReflection; the
+        call itself fails only when the request is malformed, a credential lacks one of the scopes, or nothing can be written.
+        Idempotent on each (scope, request_id).
+        Servers may leave this call out (UNIMPLEMENTED): then clients call AddReflection for each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def QueryReflections(self, request, context):
         """Retrieves the reflections that an agent should be shown; those whose texts do not fit into 32 MiB beside the better
         ones are left out. Idempotent.
@@ -274,6 +289,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.AddReflection,
                     request_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionRequest.FromString,
                     response_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionResponse.SerializeToString,
+            ),
+            'AddReflections': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddReflections,
+                    request_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionsRequest.FromString,
+                    response_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionsResponse.SerializeToString,
             ),
             'QueryReflections': grpc.unary_unary_rpc_method_handler(
                     servicer.QueryReflections,
@@ -391,6 +411,33 @@ class MemoryService:
             '/mulligan.memory.v1.MemoryService/AddReflection',
             mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionRequest.SerializeToString,
             mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddReflections(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mulligan.memory.v1.MemoryService/AddReflections',
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionsRequest.SerializeToString,
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.AddReflectionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,12 @@ class MemoryServiceStub:
     ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another reflection.
     NOT_FOUND UNKNOWN_REFLECTION: one of source_ids is not in the scope.
     """
+    AddReflections: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.AddReflectionsRequest, _memory_service_pb2.AddReflectionsResponse]
+    """Stores many reflections, in the order of the request. Each item has the result or the error of AddReflection; the
+    call itself fails only when the request is malformed, a credential lacks one of the scopes, or nothing can be written.
+    Idempotent on each (scope, request_id).
+    Servers may leave this call out (UNIMPLEMENTED): then clients call AddReflection for each.
+    """
     QueryReflections: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.QueryReflectionsRequest, _memory_service_pb2.QueryReflectionsResponse]
     """Retrieves the reflections that an agent should be shown; those whose texts do not fit into 32 MiB beside the better
     ones are left out. Idempotent.
@@ -156,6 +162,18 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         repeated call returns the first answer.
         ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another reflection.
         NOT_FOUND UNKNOWN_REFLECTION: one of source_ids is not in the scope.
+        """
+
+    @_abc_1.abstractmethod
+    def AddReflections(
+        self,
+        request: _memory_service_pb2.AddReflectionsRequest,
+        context: _aio.ServicerContext[_memory_service_pb2.AddReflectionsRequest, _abc.Awaitable[_memory_service_pb2.AddReflectionsResponse]],
+    ) -> _abc.Awaitable[_memory_service_pb2.AddReflectionsResponse]:
+        """Stores many reflections, in the order of the request. Each item has the result or the error of AddReflection; the
+        call itself fails only when the request is malformed, a credential lacks one of the scopes, or nothing can be written.
+        Idempotent on each (scope, request_id).
+        Servers may leave this call out (UNIMPLEMENTED): then clients call AddReflection for each.
         """
 
     @_abc_1.abstractmethod

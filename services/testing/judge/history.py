@@ -13,8 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mulligan.common.status import code_name
+
 # What a call fails with that was not carried out, beside what has a reason of the contract.
 _REFUSALS = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED", "INVALID_ARGUMENT"})
+# Calls for several: the call that each of them is, where the requests are, and the field of an item's answer.
+_SEVERAL = {
+    "StartEpisodes": ("StartEpisode", "starts", "episode"),
+    "AddReflections": ("AddReflection", "reflections", "added"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +91,27 @@ def numbered(calls: Iterable[RecordedCall]) -> list[RecordedCall]:
 
 
 def named(calls: Sequence[RecordedCall], *names: str) -> list[RecordedCall]:
-    """Those of callers that had their own credential, with one of these names."""
-    return [call for call in calls if call.name in names and not call.credential]
+    """Those of callers that had their own credential, with one of these names. A call that starts or adds several is
+    one StartEpisode or AddReflection for each of them."""
+    own = (one for call in calls if not call.credential for one in _singles(call))
+    return [call for call in own if call.name in names]
+
+
+def _singles(call: RecordedCall) -> Iterator[RecordedCall]:
+    if call.name not in _SEVERAL:
+        yield call
+        return
+    name, requests, result = _SEVERAL[call.name]
+    method = f"{call.method.rpartition('/')[0]}/{name}"
+    for number, request in enumerate(call.request[requests]):
+        one = replace(call, method=method, request=request)
+        if call.answer is None:
+            yield one
+            continue
+        item = call.answer["items"][number]
+        error = item.get("error", {})
+        code = code_name(error["code"]) if error else ""
+        yield replace(one, answer=item.get(result), code=code, reason=error.get("reason", ""))
 
 
 def _of_file(file: Path) -> Iterator[RecordedCall]:

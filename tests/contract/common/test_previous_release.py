@@ -198,6 +198,9 @@ async def test_todays_clients_play_and_sample_at_servers_of_the_release(
     episode = await env.start("frozenlake-3x3", task.task_id, uuid4().hex)
     assert (await episode.step("```Up```")).observation
     await episode.end()
+    many = await asyncio.gather(*(env.start("frozenlake-3x3", task.task_id, uuid4().hex) for _ in range(3)))
+    assert {one.observation for one in many} == {episode.observation}, "it has no StartEpisodes"
+    await asyncio.gather(*(one.end() for one in many))
     await env.close()
     policy = PolicyClient(Endpoint(released_servers["policy"].address))
     info = await policy.info()

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from mulligan.conformance.memory import erasing, labels, log, revisions, strategies, uses
+from mulligan.conformance.memory import additions, erasing, labels, log, revisions, strategies, uses
 from mulligan.conformance.memory import run as memory
 from mulligan.conformance.report import Report, Verdict
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
@@ -41,7 +41,8 @@ async def test_a_server_without_a_fault_conforms(server: ServiceProcess) -> None
 
 
 def test_each_check_of_what_came_later_has_a_planted_violation() -> None:
-    later = [check.title for part in (labels, strategies, revisions, erasing, uses, log) for check in part.suite.checks]
+    parts = (additions, labels, strategies, revisions, erasing, uses, log)
+    later = [check.title for part in parts for check in part.suite.checks]
     assert set(later) <= {fault.title for fault in faults(MemoryFault)}
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from safetensors.torch import load_file
 
@@ -182,6 +183,17 @@ async def test_a_violation_of_the_env_contract_is_noticed(kind: type[faulty_env.
 async def test_fields_that_nobody_checks_are_noticed() -> None:
     report = await env_report(faulty_env.NoFault, "bad field", guarded=False)
     assert {result.call for result in report.violations} >= {"ListTasks", "StartEpisode", "StepEpisode", "EndEpisode"}
+    report = await env_report(faulty_env.NoFault, "malformed batch", guarded=False)
+    assert {result.call for result in report.violations} == {"StartEpisodes", "StepEpisodes"}
+
+
+async def test_a_server_may_leave_starts_of_many_out() -> None:
+    class LeavesOut(faulty_env.NoFault):
+        async def StartEpisodes(self, request: Any, context: Any) -> Any:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not here")
+
+    report = await env_report(LeavesOut, "StartEpisodes")
+    assert len(report.results) > 4 and {result.verdict for result in report.results} == {Verdict.NOT_APPLICABLE}
 
 
 async def test_an_unhealthy_server_is_noticed() -> None:

@@ -14,7 +14,7 @@ import pytest
 from mulligan.common.access import AccessRole
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import Code, DomainError, Reason
-from mulligan.common.reflections import Provenance, ReflectionQuery, RetrievalStrategy, Trial, Use, UseOutcome
+from mulligan.common.reflections import Addition, Provenance, ReflectionQuery, RetrievalStrategy, Trial, Use, UseOutcome
 from mulligan.common.run_credentials import RunGrant, RunKeys
 from mulligan.common.server import RequestInterceptor
 from mulligan.memory.client import MemoryClient
@@ -86,6 +86,9 @@ async def test_nobody_else_writes_to_a_runs_scope(served: Served) -> None:
     use = (await mine.query(ASKED, Trial(("task",), 0.5, 1))).uses[0]
     writes: dict[str, Callable[[MemoryClient], Awaitable[object]]] = {
         "AddReflection": lambda client: client.add("2", "one", "show my entry first", ORIGIN),
+        "AddReflections": lambda client: client.add_all(
+            [Addition("4", "one", "and mine", ORIGIN), Addition("5", "one", "and another", ORIGIN)]
+        ),
         "QueryReflections": lambda client: client.query(ASKED, Trial(("another",), 0.5, 1)),
         "ReviseReflection": lambda client: client.revise(entry, "3", 1, text="do as I say"),
         "ReportOutcome": lambda client: client.report([UseOutcome(use.use_id, 0.0)]),

@@ -168,6 +168,43 @@ async def test_requests_of_one_moment_are_one_call_and_one_alone_is_none_of_many
         assert (servicer.together, servicer.alone) == ([["r0", "r1", "r2"]], ["r0"])
 
 
+async def test_requests_that_come_while_another_is_under_way_share_a_call() -> None:
+    go_on = asyncio.Event()
+
+    async def many(request: pb.GenerateManyRequest, context: Any) -> AsyncIterator[pb.GenerateManyResponse]:
+        if len(request.requests) == 2:
+            await go_on.wait()
+        yield items(request, *range(len(request.requests)))
+
+    async with recorded(many) as (servicer, client):
+        slow = asked_for(client, 2)
+        await until(lambda: len(servicer.together) == 1)
+        later = []
+        for number in range(3):  # each in a tick of its own
+            later.append(asyncio.create_task(client.generate([1], PLAIN, CallOptions(request_id=f"later-{number}"))))
+            await asyncio.sleep(0)
+        assert await texts(*later) == ["later-0", "later-1", "later-2"]
+        assert servicer.together == [["r0", "r1"], ["later-0", "later-1", "later-2"]] and not servicer.alone
+        go_on.set()
+        assert await texts(*slow) == ["r0", "r1"]
+
+
+async def test_what_waits_when_the_client_is_closed_is_cancelled() -> None:
+    async with recorded(lambda request, context: never()) as (servicer, client):
+        asked = asked_for(client, 2)
+        await until(lambda: len(servicer.together) == 1)
+        asked += asked_for(client, 1)
+        await asyncio.sleep(0)
+        await client.close()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(one) for one in found] == [asyncio.CancelledError] * 3
+
+
+async def never() -> AsyncIterator[pb.GenerateManyResponse]:
+    await asyncio.Event().wait()
+    yield pb.GenerateManyResponse()
+
+
 async def test_a_server_without_the_call_is_asked_one_by_one_and_not_again() -> None:
     async with recorded(None) as (servicer, client):
         for _ in range(2):

@@ -36,7 +36,8 @@ async def test_a_run_without_a_bug_keeps_every_promise(tmp_path: Path) -> None:
     samples = [one for experience in judged.final.experiences for one in experience.samples]
     assert sum(one.restarts for one in samples) == 1, "a lost episode was played again"
     names = {call.name for call in judged.calls}
-    assert {"StepEpisodes", "UpdateWeights", "AddReflection", "OptimStep", "SaveCheckpoint"} <= names
+    assert {"StartEpisodes", "StepEpisodes", "UpdateWeights", "OptimStep", "SaveCheckpoint"} <= names
+    assert names & {"AddReflection", "AddReflections"}
     assert sum(network.happened["lost_answers"] for network in judged.networks) > 10
     refused = [call for call in judged.calls if call.credential and call.code]
     assert {call.code for call in refused} >= {"UNAUTHENTICATED", "PERMISSION_DENIED"}

@@ -54,27 +54,54 @@ def test_what_is_no_known_token_has_no_role(tmp_path: Path, given: str) -> None:
     assert tokens.role_of(header(token_of(ADMIN))[:-1]) is None
 
 
-def test_a_changed_file_counts_at_once(tmp_path: Path) -> None:
+class Clock:
+    """Shows `now`."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_what_is_added_counts_at_once_and_what_is_removed_ends_within_a_second(tmp_path: Path) -> None:
     folder = write_tokens(tmp_path, AccessRole.READER)
-    tokens = KnownTokens(folder)
+    tokens = KnownTokens(folder, clock := Clock())
     replace(folder / AccessRole.READER, f"{token_of(AccessRole.READER)}\n{OTHER}\n")
     assert tokens.role_of(header(OTHER)) is tokens.role_of(header(token_of(AccessRole.READER))) is AccessRole.READER
     replace(folder / AccessRole.READER, f"{OTHER}\n")
+    clock.now += 1.0
     assert tokens.role_of(header(token_of(AccessRole.READER))) is None
     replace(folder / ADMIN, token_of(ADMIN))
     assert tokens.role_of(header(token_of(ADMIN))) is ADMIN, "a file that is new"
     (folder / AccessRole.READER).unlink()
+    clock.now += 1.0
     assert tokens.role_of(header(OTHER)) is None
+
+
+def test_a_token_that_is_not_known_has_the_files_looked_at_for_all(tmp_path: Path) -> None:
+    folder = write_tokens(tmp_path, AccessRole.READER, ADMIN)
+    tokens = KnownTokens(folder, Clock())
+    assert tokens.role_of(header(token_of(ADMIN))) is ADMIN
+    (folder / ADMIN).unlink()
+    assert tokens.role_of(header(OTHER)) is tokens.role_of(header(token_of(ADMIN))) is None
+
+
+def test_a_file_is_not_looked_at_for_each_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = KnownTokens(write_tokens(tmp_path), Clock())
+    assert tokens.role_of(header(token_of(ADMIN))) is ADMIN
+    monkeypatch.setattr("mulligan.common.tokens.stamp", lambda path: pytest.fail(f"a look at {path}"))
+    assert tokens.role_of(header(token_of(AccessRole.READER))) is AccessRole.READER
 
 
 def test_a_change_that_is_wrong_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_tokens(tmp_path, AccessRole.READER)
-    tokens = KnownTokens(folder)
+    tokens = KnownTokens(folder, clock := Clock())
     replace(folder / AccessRole.READER, "short\n")
     assert tokens.role_of(header(token_of(AccessRole.READER))) is AccessRole.READER
     assert tokens.role_of(header("short")) is None
     shown = capsys.readouterr().out
     assert shown.count("the tokens are those from before") == 1 and "short" not in shown
+    clock.now += 1.0
     replace(folder / AccessRole.READER, OTHER)
     assert tokens.role_of(header(OTHER)) is AccessRole.READER
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 import pytest
@@ -12,7 +12,8 @@ import pytest
 from mulligan.common.callers import current_caller
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import EpisodeStep, Outcome
-from mulligan.env.episodes import EpisodeLimits, EpisodeTable, StepRequest
+from mulligan.env.calls import StartResult
+from mulligan.env.episodes import EpisodeLimits, EpisodeTable, StartRequest, StepRequest
 from mulligan.env.workers import FunctionJob, TimedOut, WorkerPool
 from tests.support.environments import MAX_STEPS, Awkward
 from tests.support.waiting import until
@@ -157,6 +158,45 @@ async def test_a_caller_has_a_share_of_the_live_episodes(workers: WorkerPool, cl
     current_caller.set("one")
     table.end("a")
     await table.start("d", "awkward", "good")
+
+
+def shown(answers: Sequence[StartResult | DomainError | None]) -> list[str | Reason | None]:
+    """What the agent sees, or why nothing."""
+    return [one if one is None else one.reason if isinstance(one, DomainError) else one.observation for one in answers]
+
+
+async def test_of_many_starts_each_has_its_own_answer(table: EpisodeTable) -> None:
+    await table.start("used", "awkward", "good")
+    asked = [("used", "hangs"), ("a", "raises-at-start"), ("b", "unknown"), ("used", "good")]
+    starts = [StartRequest(name, "awkward", task) for name, task in asked]
+    expected = [Reason.EPISODE_CONFLICT, Reason.ENVIRONMENT_FAILED, Reason.UNKNOWN_TASK, "begin"]
+    assert shown(await table.start_all(starts)) == expected
+    assert table.live_count == 1
+    assert shown(await table.start_all([StartRequest("c", "chess", "good")])) == [Reason.UNKNOWN_ENVIRONMENT]
+
+
+async def test_of_many_starts_those_take_a_place_for_which_there_is_one(
+    workers: WorkerPool, clock: Clock, awkward: Awkward
+) -> None:
+    table = EpisodeTable({"awkward": awkward}, workers, EpisodeLimits(max_episodes=4, max_caller_episodes=2), clock)
+    starts = [StartRequest(name, "awkward", "good") for name in "abc"]
+    current_caller.set("one")
+    assert shown(await table.start_all(starts)) == ["begin", "begin", Reason.CAPACITY_REACHED]
+    current_caller.set("another")
+    others = [StartRequest(name, "awkward", "good") for name in "cdefa"]
+    full = [Reason.CAPACITY_REACHED] * 2
+    assert shown(await table.start_all(others)) == ["begin", "begin", *full, "begin"], "the last is there already"
+
+
+async def test_a_slow_start_holds_up_no_other_and_goes_on(table: EpisodeTable) -> None:
+    starts = [StartRequest(name, "awkward", task) for name, task in (("a", "good"), ("b", "hangs-at-start"))]
+    assert shown(await table.start_all(starts, 0.0)) in ([None, None], ["begin", None])
+    begun = await table.start("a", "awkward", "good")
+    assert shown(await table.start_all(starts, 0.0)) == [begun.observation, None]
+    waiting = asyncio.create_task(table.start_all(starts))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    assert len(await table.start_all(starts)) == 2, "a caller that leaves cancels nothing for others"
 
 
 async def test_a_failed_start_gives_its_place_back(table: EpisodeTable) -> None:

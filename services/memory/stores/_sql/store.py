@@ -12,6 +12,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 import structlog
 
+from mulligan.common.errors import DomainError
 from mulligan.common.reflections import RecordedUse, StoredReflection, UseOutcome
 from mulligan.memory.embedder import Embedder
 from mulligan.memory.store import (
@@ -63,6 +64,16 @@ class SqlStore(ABC):
 
     async def add(self, new: NewReflection) -> Added:
         return await self._write(lambda db: writes.add(db, new, self._embedder))
+
+    async def add_all(self, news: Sequence[NewReflection]) -> Sequence[Added | DomainError]:
+        return await self._write(lambda db: [self._added(db, new) for new in news])
+
+    def _added(self, db: sa.Connection, new: NewReflection) -> Added | DomainError:
+        """The error of one is not that of others: what is wrong is found before anything is written."""
+        try:
+            return writes.add(db, new, self._embedder)
+        except DomainError as error:
+            return error
 
     async def find(self, selection: Selection, order: Order, limit: int) -> Found:
         return await self._read(lambda db: queries.find(db, selection, order, limit), one_state=False)

@@ -299,6 +299,40 @@ def test_a_broken_promise_is_noticed(change: Change, seed: int) -> None:
     assert CHANGES[change] in {violation.rule for violation in found}, found
 
 
+def together(made: Made) -> Made:
+    """The same, where each start and each addition comes in a call for several, beside one that is refused."""
+
+    def of(call: RecordedCall) -> RecordedCall:
+        name, requests, result = {
+            "StartEpisode": ("StartEpisodes", "starts", "episode"),
+            "AddReflection": ("AddReflections", "reflections", "added"),
+        }.get(call.name, ("", "", ""))
+        if not name:
+            return call
+        answer = call.answer
+        if answer is not None:
+            refused = {"error": {"code": 5, "reason": "UNKNOWN_TASK", "message": "no"}}
+            answer = {"items": [refused, {result: answer}]}
+        method = f"{call.method.rpartition('/')[0]}/{name}"
+        other = call.request | {"request_id": "other", "episode_id": "other", "text": "other"}
+        return replace(call, method=method, request={requests: [other, call.request]}, answer=answer)
+
+    return replace(made, calls=[of(call) for call in made.calls])
+
+
+@settings(max_examples=examples(20))
+@given(seed=st.integers(0, 2**32))
+def test_calls_for_several_are_judged_as_those_that_they_are(seed: int) -> None:
+    made = made_history(seed)
+    assert verdict(together(made)) == []
+    for change in (a_write_that_is_lost, a_write_with_another_text, a_write_with_another_version):
+        found = verdict(together(change(made, random.Random(seed))))
+        assert "memory" in {violation.rule for violation in found}, found
+    begun = one_of(made, random.Random(seed), "StartEpisode")
+    another = changed(made, begun, answer=(begun.answer or {}) | {"observation": "another"})
+    assert "episodes" in {violation.rule for violation in verdict(together(another))}
+
+
 def test_a_violation_names_its_calls() -> None:
     broken = another_observation(made_history(1), random.Random(1))
     text = "\n".join(map(str, verdict(broken)))
