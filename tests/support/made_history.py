@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,6 +22,7 @@ RUN = "run"
 STEPS = 3  # of training
 CHAINS = 2  # of a step
 _TURNS = 3
+_SHOWN = 2  # entries that a query finds
 _METHODS = {
     "StartEpisode": "mulligan.env.v1.EnvService",
     "StepEpisode": "mulligan.env.v1.EnvService",
@@ -36,7 +37,7 @@ _METHODS = {
     "ReportOutcome": "mulligan.memory.v1.MemoryService",
 }
 _LEARNER = "mulligan.trainer.v1.LearnerService"
-_NOW = datetime(2026, 1, 1, tzinfo=UTC)
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class CountingEpisode:
@@ -147,7 +148,7 @@ class _Maker:
         self._learned("PublishWeights", {"policy_version": self._version}, {"sha256": sha256})
         self._call("UpdateWeights", {"policy_version": self._version, "sha256": sha256}, {})
         self._updates = [replace(one, state=VersionState.KEPT) for one in self._updates]
-        serving = PolicyVersion(self._version, WeightsKind.FULL, VersionState.SERVING, sha256, "f", _NOW)
+        serving = PolicyVersion(self._version, WeightsKind.FULL, VersionState.SERVING, sha256, "f", NOW)
         self._updates.append(serving)
 
     def _save(self, step: int) -> None:
@@ -164,7 +165,8 @@ class _Maker:
         self._publish()
 
     def _step(self, step: int) -> None:
-        self._call("GetSnapshot", {"scope": RUN}, {"version": len(self._made)} if self._made else {})
+        counts = {"version": len(self._made), "reflection_count": len(self._entries)}
+        self._call("GetSnapshot", {"scope": RUN}, counts if self._made else {})
         for rollout in range(CHAINS):
             self._chain(step, rollout)
         for name in ("ForwardBackward", "OptimStep"):
@@ -233,12 +235,13 @@ class _Maker:
 
     def _read(self, key: str) -> str:
         """The use that was drawn."""
-        entry = self._chance.choice(self._entries)
+        entry = self._chance.choice(self._entries[-_SHOWN:])
         left_out = entry.reflection_id if self._chance.random() < 0.5 else ""
         use = {"use_id": _hash(key), "use_key": key} | ({"left_out_id": left_out} if left_out else {})
-        shown = {"reflection_id": entry.reflection_id, "text": entry.text, "version": entry.version}
-        asked = {"scope": RUN, "as_of_version": len(self._made), "trial": {"use_keys": [key]}}
-        answer = {"reflections": [shown], "version": len(self._made), "uses": [use]}
+        asked = {"scope": RUN, "environment": "counting", "strategy": 1, "limit": _SHOWN, "kinds": [1, 3]}
+        asked |= {"as_of_version": len(self._made), "trial": {"use_keys": [key]}}
+        shown = [_as_recorded(one) for one in reversed(self._entries[-_SHOWN:])]
+        answer = {"reflections": shown, "version": len(self._made), "uses": [use]}
         self._call("QueryReflections", asked, answer)
         self._uses.setdefault(entry.reflection_id, []).append((use["use_id"], left_out, -1.0))
         return use["use_id"]
@@ -246,12 +249,15 @@ class _Maker:
     def _remember(self, experience: Experience) -> None:
         identity, version = _hash(experience.experience_id), len(self._made) + 1
         text = f"what {experience.experience_id} taught"
-        origin = {"experience_id": experience.experience_id, "environment": "counting"}
-        request = {"scope": RUN, "request_id": experience.experience_id, "text": text, "provenance": origin}
+        origin = Provenance(RUN, experience.experience_id, "counting", "t", 1, 0.0, 1.0, success=True)
+        tags = ("made", experience.task_id)
+        entry = StoredReflection(identity, RUN, text, origin, version, NOW, key="counting", tags=tags)
+        written = _as_recorded(entry)
+        request = {name: written[name] for name in ("scope", "text", "provenance", "kind", "key", "tags")}
+        request["request_id"] = experience.experience_id
         self._call("AddReflection", request, {"reflection_id": identity, "version": version})
-        known = Provenance(RUN, experience.experience_id, "counting", "t", 1, 0.0, 1.0, True)
-        self._entries.append(StoredReflection(identity, RUN, text, known, version, _NOW))
-        self._changes.append(MemoryChange(RUN, version, "add", identity, "trainer", _NOW))
+        self._entries.append(entry)
+        self._changes.append(MemoryChange(RUN, version, "add", identity, "trainer", NOW))
 
     def _report(self, experiences: list[Experience]) -> None:
         ids = {one.memory_use_id for one in experiences} - {""}
@@ -260,7 +266,7 @@ class _Maker:
         rewards = {one: self._chance.choice((0.5, 1.0)) for one in sorted(ids)}
         outcomes = [{"use_id": one, "reward": reward} for one, reward in rewards.items()]
         version = len(self._made) + 1
-        self._changes.append(MemoryChange(RUN, version, "report", "", "trainer", _NOW))
+        self._changes.append(MemoryChange(RUN, version, "report", "", "trainer", NOW))
         # Only the answer that counts is told; a repeated one counts nothing.
         self._call("ReportOutcome", {"outcomes": outcomes}, {"counted": len(outcomes)}, again=False)
         for identity, uses in self._uses.items():
@@ -268,7 +274,7 @@ class _Maker:
 
     def _recorded(self, identity: str) -> list[RecordedUse]:
         return [
-            RecordedUse(use, use, left != identity, 1, 0.3, None if reward < 0 else reward, _NOW)
+            RecordedUse(use, use, left != identity, 1, 0.3, None if reward < 0 else reward, NOW)
             for use, left, reward in self._uses.get(identity, ())
         ]
 
@@ -278,6 +284,13 @@ class _Maker:
             return entry
         shown = sum(not left for _, left, _ in uses)
         return replace(entry, uplift=Uplift(shown, len(uses) - shown, 0.0, 0.0, None, -1.0, 1.0))
+
+
+def _as_recorded(entry: StoredReflection) -> dict[str, Any]:
+    """The fields that are set, as the recorder writes them."""
+    origin = {name: value for name, value in asdict(entry.provenance).items() if value}
+    said = {name: getattr(entry, name) for name in ("reflection_id", "scope", "text", "version", "key")}
+    return said | {"provenance": origin, "kind": 1, "tags": list(entry.tags)}
 
 
 def _segment(version: int) -> Segment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mulligan.env.base import Environment
-from mulligan.testing.judge import access, episodes, learners, memories, rewards, versions
+from mulligan.testing.judge import access, episodes, learners, memories, reads, rewards, versions
 from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.state import Final
 
@@ -19,6 +19,7 @@ def judge(calls: Sequence[RecordedCall], final: Final, environments: Mapping[str
         *episodes.check(calls, environments),
         *versions.check(calls, final),
         *memories.check(calls, final),
+        *reads.check(calls, final),
         *learners.check(calls, final),
         *rewards.check(calls, final),
     ]

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mulligan.common.reflections import MemoryChange, ReflectionKind
 from mulligan.common.types import Outcome
 from mulligan.testing.judge.access import NO_RUN, OTHER_RUN
 from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.verdict import judge
 from tests.support.effort import examples
-from tests.support.made_history import STEPS, Made, made_history
+from tests.support.made_history import NOW, RUN, STEPS, Made, made_history
 
 Change = Callable[[Made, random.Random], Made]
 
@@ -121,6 +122,101 @@ def a_write_with_another_text(made: Made, chance: random.Random) -> Made:
     entry = chance.choice(made.final.entries)
     entries = [replace(one, text="another") if one is entry else one for one in made.final.entries]
     return with_final(made, entries=entries)
+
+
+def _entry(made: Made, chance: random.Random, **changes: Any) -> Made:
+    """One entry is stored in another way."""
+    entry = chance.choice(made.final.entries)
+    return with_final(made, entries=[replace(one, **changes) if one is entry else one for one in made.final.entries])
+
+
+def _origin(made: Made, chance: random.Random, **changes: Any) -> Made:
+    entry = chance.choice(made.final.entries)
+    other = replace(entry, provenance=replace(entry.provenance, **changes))
+    return with_final(made, entries=[other if one is entry else one for one in made.final.entries])
+
+
+def a_write_with_another_reward(made: Made, chance: random.Random) -> Made:
+    return _origin(made, chance, **{chance.choice(("reward_before", "reward_after")): 0.5})
+
+
+def a_write_that_claims_no_success(made: Made, chance: random.Random) -> Made:
+    return _origin(made, chance, success=False)
+
+
+def a_write_of_another_task(made: Made, chance: random.Random) -> Made:
+    return _origin(made, chance, **{chance.choice(("task_id", "environment", "run_id", "experience_id")): "another"})
+
+
+def a_write_without_its_labels(made: Made, chance: random.Random) -> Made:
+    return _entry(made, chance, **chance.choice(({"key": ""}, {"tags": ()}, {"kind": ReflectionKind.EPISODE})))
+
+
+def a_write_with_a_source(made: Made, chance: random.Random) -> Made:
+    return _entry(made, chance, source_ids=("another",))
+
+
+def a_rewritten_entry_with_another_reward(made: Made, chance: random.Random) -> Made:
+    """What cannot be rewritten is as it was written, also where the text is another one."""
+    entry = chance.choice(made.final.entries)
+    revised = replace(entry, text="another", revision=2)
+    entries = [revised if one is entry else one for one in made.final.entries]
+    assert verdict(with_final(made, entries=entries)) == []
+    other = replace(revised, provenance=replace(entry.provenance, reward_after=0.5))
+    found = verdict(with_final(made, entries=[other if one is revised else one for one in entries]))
+    assert any("reward_after=0.5" in one.text for one in found)
+    return with_final(made, entries=[other if one is revised else one for one in entries])
+
+
+def _read(made: Made, chance: random.Random, change: Callable[[list[Any]], list[Any]]) -> Made:
+    """A query found others."""
+    queries = [call for call in made.calls if call.name == "QueryReflections" and call.ok]
+    call = chance.choice([call for call in queries if len(call.answer["reflections"]) == 2])  # type: ignore[index]
+    answer = call.answer or {}
+    return changed(made, call, answer=answer | {"reflections": change(answer["reflections"])})
+
+
+def a_read_that_has_each_entry_twice(made: Made, chance: random.Random) -> Made:
+    return _read(made, chance, lambda found: [one for one in found for _ in range(2)])
+
+
+def a_read_that_lacks_an_entry(made: Made, chance: random.Random) -> Made:
+    left_out = chance.randrange(2)
+    return _read(made, chance, lambda found: [one for place, one in enumerate(found) if place != left_out])
+
+
+def a_read_in_another_order(made: Made, chance: random.Random) -> Made:
+    return _read(made, chance, lambda found: found[::-1])
+
+
+def a_read_with_other_rewards(made: Made, chance: random.Random) -> Made:
+    return _read(
+        made, chance, lambda found: [one | {"provenance": one["provenance"] | {"reward_after": 0.5}} for one in found]
+    )
+
+
+def a_read_of_what_is_quarantined(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "QueryReflections")
+    identity = (call.answer or {})["reflections"][0]["reflection_id"]
+    quarantined = MemoryChange(RUN, call.request["as_of_version"], "quarantine", identity, "trainer", NOW)
+    return with_final(made, changes=[*made.final.changes, quarantined])
+
+
+def uses_of_other_keys(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "QueryReflections")
+    uses = [use | {"use_key": "another"} for use in (call.answer or {})["uses"]]
+    return changed(made, call, answer=(call.answer or {}) | {"uses": uses})
+
+
+def a_use_that_leaves_out_what_was_not_found(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "QueryReflections")
+    uses = [use | {"left_out_id": "another"} for use in (call.answer or {})["uses"]]
+    return changed(made, call, answer=(call.answer or {}) | {"uses": uses})
+
+
+def a_snapshot_that_counts_wrongly(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "GetSnapshot")
+    return changed(made, call, answer=(call.answer or {}) | {"reflection_count": 1000})
 
 
 def a_write_with_another_version(made: Made, chance: random.Random) -> Made:
@@ -267,6 +363,20 @@ CHANGES: dict[Change, str] = {
     a_write_that_is_there_twice: "memory",
     a_write_with_another_text: "memory",
     a_write_with_another_version: "memory",
+    a_write_with_another_reward: "memory",
+    a_write_that_claims_no_success: "memory",
+    a_write_of_another_task: "memory",
+    a_write_without_its_labels: "memory",
+    a_write_with_a_source: "memory",
+    a_rewritten_entry_with_another_reward: "memory",
+    a_read_that_has_each_entry_twice: "memory",
+    a_read_that_lacks_an_entry: "memory",
+    a_read_in_another_order: "memory",
+    a_read_with_other_rewards: "memory",
+    a_read_of_what_is_quarantined: "memory",
+    uses_of_other_keys: "memory",
+    a_use_that_leaves_out_what_was_not_found: "memory",
+    a_snapshot_that_counts_wrongly: "memory",
     a_read_of_the_past: "memory",
     a_reward_that_is_lost: "memory",
     a_reward_of_nobody: "memory",
