@@ -8,6 +8,7 @@ import json
 import random
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 from mulligan.common.experience import Experience, Sample, Segment, SegmentKind, TokenSequence, Turn
@@ -16,7 +17,7 @@ from mulligan.common.reflections import MemoryChange, Provenance, RecordedUse, S
 from mulligan.common.types import Outcome
 from mulligan.env.base import StepResult
 from mulligan.testing.judge.history import RecordedCall, numbered
-from mulligan.testing.judge.state import Final, SavedLearner
+from mulligan.testing.judge.state import Final, SavedLearner, ToldEvaluation
 
 RUN = "run"
 STEPS = 3  # of training
@@ -58,7 +59,7 @@ class CountingEpisode:
 class Counting:
     """An environment with as much as the judge needs."""
 
-    info: Any = None
+    info: Any = SimpleNamespace(max_reward=2.0)
 
     def list_tasks(self, *_: Any) -> Any:
         raise NotImplementedError
@@ -89,6 +90,7 @@ class _Maker:
         self._entries: list[StoredReflection] = []
         self._uses: dict[str, list[tuple[str, str, float]]] = {}  # entry → use, what it left out, reward
         self._changes: list[MemoryChange] = []
+        self._evaluations: list[ToldEvaluation] = []
         self._learner = [1, 0]  # number of the next call, optimizer steps
         self._saved: dict[str, list[int]] = {}
 
@@ -96,10 +98,12 @@ class _Maker:
         self._learned("CreateLearner", {}, {"next_sequence": 1})
         self._publish()
         self._save(0)
+        self._evaluate(0)
         for step in range(STEPS):
             self._step(step)
             if self._chance.random() < 0.4:
                 self._restart(step)
+        self._evaluate(STEPS)
         uses = {entry.reflection_id: self._recorded(entry.reflection_id) for entry in self._entries}
         final = Final(
             RUN,
@@ -115,6 +119,8 @@ class _Maker:
             self._changes,
             self._updates,
             SavedLearner(f"run-{STEPS}", *self._saved[f"run-{STEPS}"]),
+            self._evaluations,
+            readers_play=True,
         )
         return Made(numbered(map(self._overlapping, self._calls)), final)
 
@@ -124,9 +130,12 @@ class _Maker:
             return call
         return replace(call, start=call.start - self._chance.uniform(0, 2), end=call.end + self._chance.uniform(0, 2))
 
-    def _call(self, name: str, request: dict[str, Any], answer: dict[str, Any], *, again: bool = True) -> RecordedCall:
+    def _call(
+        self, name: str, request: dict[str, Any], answer: dict[str, Any], *, again: bool = True, lost: bool = False
+    ) -> RecordedCall:
         """Perhaps some tries whose answers are lost, or whose caller is killed; then the answer, perhaps twice."""
         tries = [*([None] * (self._chance.random() < 0.3)), answer, *([answer] * (self._chance.random() < 0.2))]
+        tries = [None] if lost else tries
         method = f"/{_METHODS.get(name, _LEARNER)}/{name}"
         for said in tries if again else [answer]:
             begin, self._now = self._now, self._now + self._chance.uniform(0.1, 1)
@@ -186,16 +195,36 @@ class _Maker:
 
     def _chain(self, step: int, rollout: int) -> None:
         experience_id = f"run-s{step}-t0-r{rollout}"
-        use_id = self._read(experience_id) if self._entries else ""
-        sample_id = f"{experience_id}-first"
-        episode_id = f"{sample_id}-x-0"
+        use_id, left_out, shown = self._read(experience_id) if self._entries else ("", "", ())
+        sample = self._attempt(f"{experience_id}-first")
+        found = Experience(experience_id, RUN, step, "counting", "t", rollout, (sample,), memory_entry_ids=shown)
+        self._experiences.append(replace(found, memory_use_id=use_id, memory_left_out_id=left_out))
+
+    def _evaluate(self, step: int) -> None:
+        """Perhaps it is broken off, and begun again. Of its two attempts one may be lost, and played again."""
+        sample_id = f"{RUN}-evaluation-{step}-t0"
+        if self._chance.random() < 0.3:
+            self._attempt(f"{sample_id}-r0", "broken", turns=1)
+        if self._chance.random() < 0.3:
+            self._attempt(f"{sample_id}-r1", turns=1)
+            self._call(
+                "StepEpisode", {"episode_id": f"{sample_id}-r1-x-0", "step_index": 1, "action": "lost"}, {}, lost=True
+            )
+            self._attempt(f"{sample_id}-r1", restart=1)
+        else:
+            self._attempt(f"{sample_id}-r1")
+        self._attempt(f"{sample_id}-r0")
+        self._evaluations.append(ToldEvaluation(step, 1.0, 1.0, 2, 0))
+
+    def _attempt(self, sample_id: str, incarnation: str = "x", restart: int = 0, turns: int = _TURNS) -> Sample:
+        episode_id = f"{sample_id}-{incarnation}-{restart}"
         self._call(
             "StartEpisode",
             {"episode_id": episode_id, "environment": "counting", "task_id": "t"},
             {"observation": "0", "lease": {"seconds": 600}},
         )
-        episode, turns, segments, shown = CountingEpisode(), [], [], "0"
-        for number in range(_TURNS):
+        episode, played, segments, shown = CountingEpisode(), [], [], "0"
+        for number in range(turns):
             asked = {"request_id": f"{sample_id}-{number}", "session_id": episode_id}
             asked["min_policy_version"] = self._version  # type: ignore[assignment]
             spans = [{"policy_version": self._version, "token_count": 2}]
@@ -204,14 +233,12 @@ class _Maker:
             action = f"go {self._chance.random()}"
             result = episode.step(action)
             self._stepped(episode_id, number, action, result)
-            turns.append(Turn(shown, action, result.action, result.reward))
+            played.append(Turn(shown, action, result.action, result.reward))
             shown = result.observation
         sequences = (TokenSequence(tuple(segments)),)
-        sample = Sample(
-            sample_id, "first", Outcome.COMPLETED, sequences, 1.0, 1.0, turns=tuple(turns), episode_id=episode_id
+        return Sample(
+            sample_id, "first", Outcome.COMPLETED, sequences, 1.0, 1.0, turns=tuple(played), episode_id=episode_id
         )
-        found = Experience(experience_id, RUN, step, "counting", "t", rollout, (sample,), memory_use_id=use_id)
-        self._experiences.append(found)
 
     def _generated(self, request: dict[str, Any], answer: dict[str, Any]) -> None:
         if self._chance.random() < 0.5:
@@ -233,8 +260,8 @@ class _Maker:
                 self._call("StepEpisodes", {"steps": [request]}, {"items": [{"pending": {}}]}, again=False)
             self._call("StepEpisodes", {"steps": [request]}, {"items": [{"step": answer}]})
 
-    def _read(self, key: str) -> str:
-        """The use that was drawn."""
+    def _read(self, key: str) -> tuple[str, str, tuple[str, ...]]:
+        """The use that was drawn, what it left out, and what was shown."""
         entry = self._chance.choice(self._entries[-_SHOWN:])
         left_out = entry.reflection_id if self._chance.random() < 0.5 else ""
         use = {"use_id": _hash(key), "use_key": key} | ({"left_out_id": left_out} if left_out else {})
@@ -244,7 +271,7 @@ class _Maker:
         answer = {"reflections": shown, "version": len(self._made), "uses": [use]}
         self._call("QueryReflections", asked, answer)
         self._uses.setdefault(entry.reflection_id, []).append((use["use_id"], left_out, -1.0))
-        return use["use_id"]
+        return use["use_id"], left_out, tuple(one["reflection_id"] for one in shown if one["reflection_id"] != left_out)
 
     def _remember(self, experience: Experience) -> None:
         identity, version = _hash(experience.experience_id), len(self._made) + 1
@@ -263,7 +290,7 @@ class _Maker:
         ids = {one.memory_use_id for one in experiences} - {""}
         if not ids:
             return
-        rewards = {one: self._chance.choice((0.5, 1.0)) for one in sorted(ids)}
+        rewards = dict.fromkeys(sorted(ids), 0.5)  # half of what can be earned
         outcomes = [{"use_id": one, "reward": reward} for one, reward in rewards.items()]
         version = len(self._made) + 1
         self._changes.append(MemoryChange(RUN, version, "report", "", "trainer", NOW))

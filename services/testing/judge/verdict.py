@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mulligan.env.base import Environment
-from mulligan.testing.judge import access, episodes, learners, memories, reads, rewards, versions
+from mulligan.testing.judge import access, episodes, evaluations, learners, memories, reads, rewards, versions
 from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.state import Final
 
@@ -21,7 +21,8 @@ def judge(calls: Sequence[RecordedCall], final: Final, environments: Mapping[str
         *memories.check(calls, final),
         *reads.check(calls, final),
         *learners.check(calls, final),
-        *rewards.check(calls, final),
+        *evaluations.check(calls, final),
+        *rewards.check(calls, final, environments),
     ]
     if final.state not in _ENDED:
         found.append(BrokenRule("run", f"it ended as {final.state}: {final.error}"))

@@ -312,6 +312,93 @@ def a_reward_that_is_another(made: Made, chance: random.Random) -> Made:
     return _sample(made, chance, reward=0.5)
 
 
+def _reported(made: Made, change: Callable[[list[Any]], list[Any]]) -> Made:
+    """All reports say something else, and the memory has it."""
+    calls = [
+        replace(call, request={"outcomes": change(call.request["outcomes"])}) if call.name == "ReportOutcome" else call
+        for call in made.calls
+    ]
+    told = {one["use_id"]: one["reward"] for call in calls for one in call.request.get("outcomes", ())}
+    uses = {
+        name: [replace(use, reward=told.get(use.use_id, use.reward)) for use in of]
+        for name, of in made.final.uses.items()
+    }
+    return with_final(replace(made, calls=calls), uses=uses)
+
+
+def reports_that_are_all_the_same(made: Made, chance: random.Random) -> Made:
+    return _reported(made, lambda outcomes: [one | {"reward": 0.25} for one in outcomes])
+
+
+def a_use_that_is_never_reported(made: Made, chance: random.Random) -> Made:
+    uses = sorted({one.memory_use_id for one in made.final.experiences} - {""})
+    lost = chance.choice(uses)
+    return _reported(made, lambda outcomes: [one for one in outcomes if one["use_id"] != lost])
+
+
+def a_use_that_nobody_read(made: Made, chance: random.Random) -> Made:
+    return _reported(made, lambda outcomes: [*outcomes, {"use_id": "another", "reward": 0.5}])
+
+
+def _reader(made: Made, chance: random.Random, **changes: Any) -> Made:
+    experience = chance.choice([one for one in made.final.experiences if one.memory_use_id])
+    other = replace(experience, **changes)
+    return with_final(made, experiences=[other if one is experience else one for one in made.final.experiences])
+
+
+def an_experience_that_was_shown_what_its_use_leaves_out(made: Made, chance: random.Random) -> Made:
+    return _reader(made, chance, memory_entry_ids=("another",))
+
+
+def an_experience_with_another_left_out(made: Made, chance: random.Random) -> Made:
+    return _reader(made, chance, memory_left_out_id="another")
+
+
+def _evaluated(made: Made, chance: random.Random, **changes: Any) -> Made:
+    told = chance.choice(made.final.evaluations)
+    evaluations = [replace(one, **changes) if one is told else one for one in made.final.evaluations]
+    return with_final(made, evaluations=evaluations)
+
+
+def an_evaluation_of_invented_numbers(made: Made, chance: random.Random) -> Made:
+    return _evaluated(made, chance, success=0.0, mean_reward=-7.0, attempts=99)
+
+
+def an_evaluation_with_another_mean(made: Made, chance: random.Random) -> Made:
+    return _evaluated(made, chance, **chance.choice(({"mean_reward": 0.5}, {"success": 0.5})))
+
+
+def an_evaluation_that_excludes_what_has_a_reward(made: Made, chance: random.Random) -> Made:
+    return _evaluated(made, chance, attempts=1, excluded=1)
+
+
+def an_evaluation_that_counts_a_lost_attempt_as_zero(made: Made, chance: random.Random) -> Made:
+    """Nobody was given the last steps of the attempt; without it the other one's numbers are right."""
+    told = chance.choice(made.final.evaluations)
+    lost = f"{RUN}-evaluation-{told.step}-t0-r1-"
+
+    def ends(call: RecordedCall) -> bool:
+        steps = call.request.get("steps", [call.request])
+        return any(str(one.get("episode_id")).startswith(lost) and one.get("step_index") == 2 for one in steps)
+
+    calls = [replace(call, answer=None, code="UNAVAILABLE") if ends(call) else call for call in made.calls]
+    without = replace(told, attempts=1, excluded=1)
+    evaluations = [without if one is told else one for one in made.final.evaluations]
+    made = with_final(replace(made, calls=calls), evaluations=evaluations)
+    assert verdict(made) == []
+    zero = replace(told, success=0.5, mean_reward=0.5)
+    return with_final(made, evaluations=[zero if one is without else one for one in evaluations])
+
+
+def an_evaluation_that_is_told_twice(made: Made, chance: random.Random) -> Made:
+    return with_final(made, evaluations=[*made.final.evaluations, chance.choice(made.final.evaluations)])
+
+
+def an_evaluation_that_is_lost(made: Made, chance: random.Random) -> Made:
+    lost = chance.choice(made.final.evaluations)
+    return with_final(made, evaluations=[one for one in made.final.evaluations if one is not lost])
+
+
 def _of(made: Made, experience: Any, sample: Any) -> Made:
     other = replace(experience, samples=(sample,))
     return with_final(made, experiences=[other if one is experience else one for one in made.final.experiences])
@@ -391,6 +478,17 @@ CHANGES: dict[Change, str] = {
     a_lost_episode_that_is_cut_with_reward_zero: "rewards",
     a_failure_without_outcome: "rewards",
     a_reward_that_is_another: "rewards",
+    reports_that_are_all_the_same: "rewards",
+    a_use_that_is_never_reported: "rewards",
+    a_use_that_nobody_read: "rewards",
+    an_experience_that_was_shown_what_its_use_leaves_out: "rewards",
+    an_experience_with_another_left_out: "rewards",
+    an_evaluation_of_invented_numbers: "evaluations",
+    an_evaluation_with_another_mean: "evaluations",
+    an_evaluation_that_excludes_what_has_a_reward: "evaluations",
+    an_evaluation_that_counts_a_lost_attempt_as_zero: "evaluations",
+    an_evaluation_that_is_told_twice: "evaluations",
+    an_evaluation_that_is_lost: "evaluations",
     a_stranger_who_is_answered: "access",
     a_reader_who_writes: "access",
     a_trainer_of_another_run_who_writes: "access",
