@@ -3,11 +3,13 @@ a trainer that is killed; and what the services then hold."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from mulligan.common.inference import PolicyVersion, VersionSpan, VersionState, 
 from mulligan.common.reflections import MemoryChange, Provenance, RecordedUse, StoredReflection, Uplift
 from mulligan.common.types import Outcome
 from mulligan.env.base import StepResult
+from mulligan.testing.judge.gradients import MakeLearner
 from mulligan.testing.judge.history import RecordedCall, numbered
 from mulligan.testing.judge.state import Final, SavedLearner, ToldEvaluation
 
@@ -68,11 +71,37 @@ class Counting:
         return CountingEpisode()
 
 
+class Summing:
+    """A learner with as much as the judge needs: its gradient is the sum of the numbers that it was given, and its
+    weight that of all gradients."""
+
+    def __init__(self, checkpoints: dict[str, int], created: bytes):
+        self._checkpoints = checkpoints
+        self._weight = self._gradient = 0
+
+    def forward_backward(self, request: bytes) -> dict[str, float]:
+        gradient = json.loads(request)["gradient"]
+        self._gradient += gradient
+        return {"loss": self._weight + gradient / 2}
+
+    def optim_step(self) -> dict[str, float]:
+        gradient, self._gradient = self._gradient, 0
+        self._weight += gradient
+        return {"grad_norm": gradient, "skipped": 0.0}
+
+    def save(self, name: str) -> None:
+        self._checkpoints[name] = self._weight
+
+    def load(self, name: str) -> None:
+        self._weight, self._gradient = self._checkpoints[name], 0
+
+
 @dataclass
 class Made:
     calls: list[RecordedCall]
     final: Final
     environments: dict[str, Any] = field(default_factory=lambda: {"counting": Counting()})
+    learner: MakeLearner = field(default_factory=lambda: partial(Summing, {}))
 
 
 def made_history(seed: int) -> Made:
@@ -91,7 +120,7 @@ class _Maker:
         self._uses: dict[str, list[tuple[str, str, float]]] = {}  # entry → use, what it left out, reward
         self._changes: list[MemoryChange] = []
         self._evaluations: list[ToldEvaluation] = []
-        self._learner = [1, 0]  # number of the next call, optimizer steps
+        self._learner = [1, 0, 0]  # number of the next call, optimizer steps, the weight
         self._saved: dict[str, list[int]] = {}
 
     def make(self) -> Made:
@@ -118,7 +147,7 @@ class _Maker:
             uses,
             self._changes,
             self._updates,
-            SavedLearner(f"run-{STEPS}", *self._saved[f"run-{STEPS}"]),
+            SavedLearner(f"run-{STEPS}", *self._saved[f"run-{STEPS}"][:2]),
             self._evaluations,
             readers_play=True,
         )
@@ -137,9 +166,10 @@ class _Maker:
         tries = [*([None] * (self._chance.random() < 0.3)), answer, *([answer] * (self._chance.random() < 0.2))]
         tries = [None] if lost else tries
         method = f"/{_METHODS.get(name, _LEARNER)}/{name}"
+        whole = _whole(request) if name in ("CreateLearner", "ForwardBackward") else ""
         for said in tries if again else [answer]:
             begin, self._now = self._now, self._now + self._chance.uniform(0.1, 1)
-            call = RecordedCall(0, "trainer", "", method, request, _hash(request), begin, self._now)
+            call = RecordedCall(0, "trainer", "", method, request, _hash(request), begin, self._now, whole=whole)
             told = {"answer": said, "answer_digest": _hash(said)} if said is not None else {"code": "UNAVAILABLE"}
             if said is None and self._chance.random() < 0.3:
                 told["code"] = ""
@@ -178,11 +208,11 @@ class _Maker:
         self._call("GetSnapshot", {"scope": RUN}, counts if self._made else {})
         for rollout in range(CHAINS):
             self._chain(step, rollout)
-        for name in ("ForwardBackward", "OptimStep"):
-            answer = {"metrics": {"loss": 0.5} | ({"skipped": 0.0} if name == "OptimStep" else {})}
-            self._learned(name, {"sequence": self._learner[0]}, answer)
-            self._learner[0] += 1
+        gradient = self._chance.randrange(1, 10)
+        self._numbered("ForwardBackward", {"gradient": gradient}, {"loss": self._learner[2] + gradient / 2})
+        self._numbered("OptimStep", {}, {"grad_norm": gradient, "skipped": 0.0})
         self._learner[1] += 1
+        self._learner[2] += gradient
         self._publish()
         for experience in self._experiences[-CHAINS:]:
             self._remember(experience)
@@ -192,6 +222,10 @@ class _Maker:
     @property
     def _made(self) -> set[int]:
         return {change.version for change in self._changes}
+
+    def _numbered(self, name: str, request: dict[str, Any], metrics: dict[str, float]) -> None:
+        self._learned(name, {"sequence": self._learner[0]} | request, {"metrics": metrics})
+        self._learner[0] += 1
 
     def _chain(self, step: int, rollout: int) -> None:
         experience_id = f"run-s{step}-t0-r{rollout}"
@@ -318,6 +352,10 @@ def _as_recorded(entry: StoredReflection) -> dict[str, Any]:
     origin = {name: value for name, value in asdict(entry.provenance).items() if value}
     said = {name: getattr(entry, name) for name in ("reflection_id", "scope", "text", "version", "key")}
     return said | {"provenance": origin, "kind": 1, "tags": list(entry.tags)}
+
+
+def _whole(request: dict[str, Any]) -> str:
+    return base64.b64encode(json.dumps(request).encode()).decode()
 
 
 def _segment(version: int) -> Segment:

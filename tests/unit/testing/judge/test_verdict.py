@@ -23,7 +23,7 @@ Change = Callable[[Made, random.Random], Made]
 
 
 def verdict(made: Made) -> list[BrokenRule]:
-    return judge(made.calls, made.final, made.environments)
+    return judge(made.calls, made.final, made.environments, made.learner)
 
 
 @settings(max_examples=examples(60))
@@ -267,6 +267,15 @@ def a_repeated_call_with_another_answer(made: Made, chance: random.Random) -> Ma
     return replace(made, calls=[*made.calls[: at + 1], replace(call, answer_digest="another"), *made.calls[at + 1 :]])
 
 
+def a_gradient_that_was_added_twice(made: Made, chance: random.Random) -> Made:
+    """All answers to an optimizer step say so."""
+    call = one_of(made, chance, "OptimStep")
+    metrics = (call.answer or {})["metrics"]
+    twice = {"metrics": metrics | {"grad_norm": 2 * metrics["grad_norm"]}}
+    calls = [replace(one, answer=twice) if one.request == call.request and one.ok else one for one in made.calls]
+    return replace(made, calls=calls)
+
+
 def a_step_that_ends_twice(made: Made, chance: random.Random) -> Made:
     step = chance.randrange(STEPS)
     return with_final(made, completions={**made.final.completions, step: 2})
@@ -471,6 +480,7 @@ CHANGES: dict[Change, str] = {
     a_report_that_counts_twice: "memory",
     an_optimizer_step_that_counts_twice: "learner",
     a_repeated_call_with_another_answer: "learner",
+    a_gradient_that_was_added_twice: "learner",
     a_step_that_ends_twice: "learner",
     metrics_that_are_lost: "learner",
     an_experience_twice: "learner",
