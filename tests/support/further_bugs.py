@@ -83,12 +83,41 @@ def snapshot_open_to_all(patch: Patch) -> None:
     patch(server, "needed_role", lambda method: None if method.endswith("/GetSnapshot") else needed_role(method))
 
 
+def gradient_added_twice(patch: Patch) -> None:
+    """A call that adds a gradient adds it again when it is asked for again."""
+    from mulligan.trainer.learner import servicer
+
+    once = servicer.LearnerServicer._exactly_once
+
+    async def twice(self: Any, request: Any, context: Any) -> Any:
+        held = self._held.get(request.learner_id)
+        if type(request).__name__ == "ForwardBackwardRequest" and held and request.sequence == held.next_call - 1:
+            held.last_request = b""
+            held.next_call -= 1
+        return await once(self, request, context)
+
+    patch(servicer.LearnerServicer, "_exactly_once", twice)
+
+
+def table_of_roles_is_too_kind(patch: Patch) -> None:
+    """The table of roles lets readers make every call."""
+    from mulligan.common import access
+
+    def kind(needed: access.AccessRole | None) -> access.AccessRole | None:
+        return access.AccessRole.READER if needed is not None else None
+
+    table = {name: {call: kind(role) for call, role in calls.items()} for name, calls in access.ACCESS.items()}
+    patch(access, "ACCESS", table)
+
+
 HAS = {
     "answer_of_another_episode": "env",
     "reward_given_to_each_repetition": "env",
     "text_cut": "memory",
     "lost_episode_counts_as_cut": "trainer",
     "snapshot_open_to_all": "memory",
+    "gradient_added_twice": "trainer",
+    "table_of_roles_is_too_kind": "policy",
 }
 """The service that has the bug, by its name."""
 

@@ -11,6 +11,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from mulligan.testing.judge.final import collect
 from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.intruders import Intruders
 from mulligan.testing.judge.network import CallFaults, FaultyCalls
+from mulligan.testing.judge.replayed import ReplayedLearner
 from mulligan.testing.judge.state import Final
 from mulligan.testing.judge.strangers import Strangers
 from mulligan.testing.judge.trial import judged_run
@@ -100,7 +102,8 @@ class World:
         folders = (self.folder / "runs", self.folder / "checkpoints")
         self.final = await collect("judged", settings, folders, self.clients)
         self.calls = history.read(self.folder / "history")
-        return judge(self.calls, self.final, self.environments)
+        replayed = partial(ReplayedLearner, self.folder / "replayed")
+        return judge(self.calls, self.final, self.environments, replayed)
 
     def _lose(self, episodes: int) -> None:
         """So many first attempts of training are lost before their second step."""

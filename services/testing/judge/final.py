@@ -10,9 +10,9 @@ from mulligan.common.reflections import RecordedUse
 from mulligan.common.state_files import read_document
 from mulligan.memory.client import MemoryClient
 from mulligan.policy.client import PolicyClient
-from mulligan.testing.judge.state import Final, SavedLearner
+from mulligan.testing.judge.state import Final, SavedLearner, ToldEvaluation
 from mulligan.trainer.client import RunClient
-from mulligan.trainer.events import EventLog, StepEvent
+from mulligan.trainer.events import EvaluationEvent, EventLog, StepEvent
 from mulligan.trainer.folder import RunFolder
 from mulligan.trainer.journal import StepCompleted, journal_file, journaled_steps, read_experiences, read_records
 from mulligan.trainer.settings import RunSettings
@@ -49,6 +49,9 @@ async def collect(
         changes=await memory.changes(run_id),
         versions=await policy.versions(),
         learner=_learner(folder, folders[1] / run_id),
+        evaluations=_evaluations(folder.events_file),
+        threshold=settings.algorithm.success_threshold,
+        readers_play=settings.algorithm.memory_readers.play,
     )
 
 
@@ -59,6 +62,15 @@ def _completions(path: Path) -> int:
 def _events(path: Path) -> list[tuple[int, int | None]]:
     entries = EventLog(path).entries
     return [(one.number, one.event.step if isinstance(one.event, StepEvent) else None) for one in entries]
+
+
+def _evaluations(path: Path) -> list[ToldEvaluation]:
+    events = [entry.event for entry in EventLog(path).entries]
+    return [
+        ToldEvaluation(one.step, one.success, one.mean_reward, one.attempts, one.excluded, one.environment)
+        for one in events
+        if isinstance(one, EvaluationEvent)
+    ]
 
 
 def _learner(folder: RunFolder, checkpoints: Path) -> SavedLearner | None:

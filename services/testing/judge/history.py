@@ -28,7 +28,8 @@ _SEVERAL = {
 class RecordedCall:
     """One call. `request` and `answer` have the fields that are set, by their names in the contract; long lists of
     numbers are their lengths. `digest` is of the whole request, `answer_digest` of the whole answer. `answer` is None
-    without one; of a stream it has the items of all messages, also where `code` says that it broke off later.
+    without one; of a stream it has the items of all messages, also where `code` says that it broke off later. `whole`
+    is the whole request in base64, of calls that the judge carries out again.
 
     `caller` names the process. `credential` is empty for a caller's own; of a stranger it says what it had instead.
     Times are seconds of the machine's monotonic clock.
@@ -46,6 +47,7 @@ class RecordedCall:
     answer_digest: str = ""
     code: str = ""  # of gRPC, of a call that failed
     reason: str = ""  # of the contract
+    whole: str = ""
 
     @property
     def name(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mulligan.common.reflections import StoredReflection
+from mulligan.testing.judge.entries import EntryContent, differences, is_as_written
 from mulligan.testing.judge.history import BrokenRule, RecordedCall, named
 from mulligan.testing.judge.state import Final
 
@@ -29,7 +30,6 @@ def check(calls: Sequence[RecordedCall], final: Final) -> Iterator[BrokenRule]:
     entries = {one.reflection_id: one for one in final.entries}
     yield from _check_additions(calls, final, entries)
     yield from _check_order(calls, final)
-    yield from _check_reads(calls, entries)
     yield from _check_reports(calls, final)
     yield from _check_evidence(calls, final)
     yield from _check_log(calls, final)
@@ -60,44 +60,43 @@ def _check_additions(
                 yield BrokenRule(RULE, f"the acknowledged {call.answer['reflection_id']} is lost", (call,))
                 break
             if call.request.get("unless_known"):
-                if stored.revision == 1 and stored.erased_version is None and stored.text != call.request["text"]:
+                if not _is_known(stored, call):
                     yield BrokenRule(RULE, f"{stored.reflection_id} is known, and has another text", (call,))
                 continue
             other = acknowledged.setdefault(stored.reflection_id, call)
             if other.request["request_id"] != request_id:
                 yield BrokenRule(RULE, f"two requests made the one entry {stored.reflection_id}", (other, call))
-            if not _equal(stored, call):
-                yield BrokenRule(RULE, f"{stored.reflection_id} is not what was written: {stored}", (call,))
+            if call.answer.get("version", 0) != stored.version:
+                yield BrokenRule(RULE, f"{stored.reflection_id} was written in another version: {stored}", (call,))
+            if told := differences(stored, EntryContent.recorded(call.request)):
+                yield BrokenRule(RULE, f"{stored.reflection_id} is not what was written: it has {told}", (call,))
     yield from _check_known(asked, final)
 
 
-def _equal(stored: StoredReflection, call: RecordedCall) -> bool:
-    origin = call.request["provenance"]
-    assert call.answer is not None
-    written = (call.request["text"], origin.get("experience_id", ""), call.answer.get("version", 0))
-    found = (stored.text, stored.provenance.experience_id, stored.version)
-    return found == written or stored.revision > 1 or stored.erased_version is not None
+def _is_known(stored: StoredReflection, call: RecordedCall) -> bool:
+    """Whether the entry is one that has the text already. Its origin and labels are those of an earlier request."""
+    asked, has = EntryContent.recorded(call.request), EntryContent.stored(stored)
+    same = (asked.scope, asked.kind, asked.provenance.environment) == (has.scope, has.kind, has.provenance.environment)
+    return same and (asked.text == has.text or not is_as_written(stored))
 
 
 def _check_known(asked: Mapping[tuple[str, str], Sequence[RecordedCall]], final: Final) -> Iterator[BrokenRule]:
-    """There is no entry that nobody asked for, and none twice."""
-    wanted = Counter(
-        (scope, of[0].request["provenance"].get("experience_id", ""), of[0].request["text"])
-        for (scope, _), of in asked.items()
-    )
-    found = Counter(
-        (one.scope, one.provenance.experience_id, one.text)
-        for one in final.entries
-        if one.revision == 1 and one.erased_version is None
-    )
-    for key, count in found.items():
-        if count > wanted[key]:
-            what = f"{count} entries of experience {key[1]!r}, for which {wanted[key]} were asked: {key[2][:100]!r}"
-            yield BrokenRule(RULE, what, tuple(call for of in asked.values() for call in of if _key(call) == key))
-
-
-def _key(call: RecordedCall) -> tuple[str, str, str]:
-    return call.request["scope"], call.request["provenance"].get("experience_id", ""), call.request["text"]
+    """There is no entry that nobody asked for as it is, and none twice."""
+    sent = [
+        dict.fromkeys(EntryContent.recorded(call.request) for call in of if not call.refused) for of in asked.values()
+    ]
+    wanted = Counter(content for contents in sent for content in contents)
+    lasting = {content.lasting for content in wanted}
+    for entry in final.entries:
+        if not is_as_written(entry) and EntryContent.stored(entry).lasting not in lasting:
+            yield BrokenRule(RULE, f"nobody asked for {entry.reflection_id}: {entry}")
+    found = Counter(EntryContent.stored(one) for one in final.entries if is_as_written(one))
+    for content, count in found.items():
+        if count > wanted[content]:
+            origin = f"experience {content.provenance.experience_id!r}"
+            what = f"{count} entries of {origin}, for which {wanted[content]} were asked: {str(content)[:300]}"
+            calls = [call for of in asked.values() for call in of if EntryContent.recorded(call.request) == content]
+            yield BrokenRule(RULE, what, tuple(calls))
 
 
 def _writes(calls: Sequence[RecordedCall]) -> dict[str, list[_Write]]:
@@ -139,24 +138,6 @@ def _check_order(calls: Sequence[RecordedCall], final: Final) -> Iterator[Broken
             if wrong:
                 yield BrokenRule(RULE, f"a read of {scope} saw version {version}", (wrong[0], read))
             seen.append((version, read))
-
-
-def _check_reads(calls: Sequence[RecordedCall], entries: Mapping[str, StoredReflection]) -> Iterator[BrokenRule]:
-    """What is read was written, and belongs to the version that was asked for."""
-    for call in named(calls, "QueryReflections"):
-        if not call.ok or call.answer is None:
-            continue
-        version = call.request.get("as_of_version")
-        if version is not None and call.answer.get("version", 0) != version:
-            yield BrokenRule(RULE, f"version {version} was asked for, and another answered", (call,))
-        for one in call.answer.get("reflections", ()):
-            stored = entries.get(one["reflection_id"])
-            if stored is None:
-                yield BrokenRule(RULE, f"{one['reflection_id']} was read, and is lost", (call,))
-            elif version is not None and one.get("version", 0) > version:
-                yield BrokenRule(RULE, f"{one['reflection_id']} was read as of a version before it", (call,))
-            elif stored.revision == 1 and stored.erased_version is None and stored.text != one.get("text", ""):
-                yield BrokenRule(RULE, f"{one['reflection_id']} was read with another text", (call,))
 
 
 def _check_reports(calls: Sequence[RecordedCall], final: Final) -> Iterator[BrokenRule]:

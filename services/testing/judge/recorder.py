@@ -7,6 +7,7 @@ it: tests and proofs start them by `launch.py`, which calls it.
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import itertools
 import json
@@ -26,6 +27,7 @@ from mulligan.common.status import from_rpc_error
 
 _LONGEST = 8  # numbers of a list that are written
 _PROBES = ("/grpc.",)  # methods that begin so are not recorded
+_WHOLE = ("/CreateLearner", "/ForwardBackward")  # methods that end so are recorded as they are, besides
 _SECRET = "credential"  # a field that is left out
 Sink = Callable[[bytes], None]
 
@@ -41,7 +43,9 @@ class CallRecorder:
     def begin(self, method: str, request: Any, credential: str = "") -> int:
         number = next(self._numbers)
         asked, digest = (plain(request), digest_of(request)) if isinstance(request, Message) else ({}, "")
-        line = {"call": number, "caller": self._caller, "credential": credential, "method": method}
+        line: dict[str, Any] = {"call": number, "caller": self._caller, "credential": credential, "method": method}
+        if isinstance(request, Message) and method.endswith(_WHOLE):
+            line["whole"] = base64.b64encode(request.SerializeToString()).decode()
         self._write(line | {"request": asked, "digest": digest, "start": time.monotonic()})
         return number
 

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 
-from mulligan.common.experience import Sample, Turn
-from mulligan.common.rewards import total
+from mulligan.common.experience import Experience, Sample, Turn
+from mulligan.common.rewards import reaches, total
 from mulligan.common.types import Outcome
+from mulligan.env.base import Environment
 from mulligan.testing.judge.episodes import AnsweredStep, answered_steps, asked_steps
 from mulligan.testing.judge.history import BrokenRule, RecordedCall, named
 from mulligan.testing.judge.state import Final
 
 RULE = "rewards"
+_ROUNDING = 1e-9
 _ENDS = {
     Outcome.COMPLETED: (1,),
     Outcome.TRUNCATED: (0, 1, 2),
 }  # outcomes of the last step, as the contract numbers them
 
 
-def check(calls: Sequence[RecordedCall], final: Final) -> Iterator[BrokenRule]:
+def check(calls: Sequence[RecordedCall], final: Final, environments: Mapping[str, Environment]) -> Iterator[BrokenRule]:
     steps = answered_steps(calls)
     asked = asked_steps(calls)
     for experience in final.experiences:
         for sample in experience.samples:
             if sample.is_episode and sample.forked_from is None:
                 yield from _check_sample(sample, steps, asked)
-    yield from _check_reports(calls, final)
+    yield from _check_reports(calls, final, environments)
+    yield from _check_uses(calls, final)
 
 
 def _check_sample(
@@ -51,7 +55,7 @@ def _check_sample(
             yield BrokenRule(RULE, f"{name}: its last step had the outcome {outcome}", (step.call,))
     if len(sample.tries[-1]) in asked.get(last_id, ()):  # an episode that its limit ended is asked nothing more
         yield BrokenRule(RULE, f"{name}: its step {len(sample.tries[-1])} was asked for, and no answer counts")
-    if abs(total(turn.reward for turn in sample.tries[-1]) - sample.reward) > 1e-9:
+    if abs(total(turn.reward for turn in sample.tries[-1]) - sample.reward) > _ROUNDING:
         yield BrokenRule(RULE, f"{name}: the rewards of its turns have another sum")
 
 
@@ -70,14 +74,66 @@ def _check_try(name: str, turns: Sequence[Turn], steps: Sequence[AnsweredStep]) 
             yield BrokenRule(RULE, f"{name}: turn {index} is not what the environment was given", (step.call,))
 
 
-def _check_reports(calls: Sequence[RecordedCall], final: Final) -> Iterator[BrokenRule]:
-    """The memory is told of no attempt that the infrastructure lost."""
-    lost = {
-        experience.memory_use_id
-        for experience in final.experiences
-        if experience.memory_use_id and all(s.reward is None for s in experience.samples if s.is_episode)
-    }
+def _check_reports(
+    calls: Sequence[RecordedCall], final: Final, environments: Mapping[str, Environment]
+) -> Iterator[BrokenRule]:
+    """The memory is told of each use that was read once its step is trained, with what the attempts earned that it
+    could change, and of nothing else: of no attempt that the infrastructure lost."""
+    of_use = {one.memory_use_id: one for one in final.experiences if one.memory_use_id}
+    expected = {use_id: _use_reward(one, final, environments) for use_id, one in of_use.items()}
+    told: set[str] = set()
     for call in named(calls, "ReportOutcome"):
         for one in call.request["outcomes"]:
-            if one["use_id"] in lost:
-                yield BrokenRule(RULE, f"a reward was reported for {one['use_id']}, whose attempts were lost", (call,))
+            use_id, reward = one["use_id"], one.get("reward", 0.0)
+            told.add(use_id)
+            wanted = expected.get(use_id)
+            if use_id not in expected:
+                yield BrokenRule(RULE, f"a reward was reported for use {use_id}, which nobody read", (call,))
+            elif wanted is None:
+                yield BrokenRule(RULE, f"a reward was reported for {use_id}, whose attempts were lost", (call,))
+            elif abs(wanted - reward) > _ROUNDING:
+                what = f"use {use_id} of {of_use[use_id].experience_id} was reported with {reward}, and earned {wanted}"
+                yield BrokenRule(RULE, what, (call,))
+    for use_id, experience in of_use.items():
+        if experience.step < final.steps and expected[use_id] is not None and use_id not in told:
+            yield BrokenRule(RULE, f"use {use_id} of {experience.experience_id} was never reported")
+
+
+def _use_reward(experience: Experience, final: Final, environments: Mapping[str, Environment]) -> float | None:
+    """From 0 to 1, where 1 is the environment's greatest reward. The first attempt, if that read the entries; else the
+    attempts after a text, in the mean."""
+    texts = {sample.sample_id for sample in experience.samples if not sample.is_episode}
+    if final.readers_play:
+        attempts = list(experience.samples[:1])
+    else:
+        attempts = [sample for sample in experience.samples if sample.is_episode and sample.parent_id in texts]
+    most = environments[experience.environment].info.max_reward
+    earned = [
+        min(max(sample.reward / most, 0.0), 1.0) if most > 0 else float(reaches(sample.reward, final.threshold))
+        for sample in attempts
+        if sample.reward is not None
+    ]
+    return fmean(earned) if earned else None
+
+
+def _check_uses(calls: Sequence[RecordedCall], final: Final) -> Iterator[BrokenRule]:
+    """Each experience has the use that was drawn for it, and was shown what was found but for what that leaves out."""
+    drawn = {
+        use["use_id"]: (call, use)
+        for call in named(calls, "QueryReflections")
+        if call.ok and call.answer
+        for use in call.answer.get("uses", ())
+    }
+    for one in final.experiences:
+        if one.memory_use_id not in drawn:
+            continue  # it has none, or nobody got the answer
+        call, use = drawn[one.memory_use_id]
+        left_out = use.get("left_out_id", "")
+        found = [entry["reflection_id"] for entry in (call.answer or {}).get("reflections", ())]
+        shown = tuple(entry for entry in found if entry != left_out)
+        wanted = (use.get("use_key", ""), left_out, shown)
+        has = (one.experience_id, one.memory_left_out_id, one.memory_entry_ids)
+        if has != wanted:
+            yield BrokenRule(
+                RULE, f"the use {one.memory_use_id} is (key, left out, shown) {has}, not {wanted}", (call,)
+            )

@@ -20,10 +20,23 @@ class SavedLearner:
 
 
 @dataclass(frozen=True, slots=True)
+class ToldEvaluation:
+    """What the run's events say of an evaluation, after so many steps. `environment` is empty for the run's own."""
+
+    step: int
+    success: float
+    mean_reward: float
+    attempts: int
+    excluded: int
+    environment: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Final:
     """`completions` are the records of the journal that a step is complete, by step; `events` are the numbers of the
     run's events in their order, and of each the step whose metrics it has, or None. `entries` are all of the run's
-    scope, also those that were forgotten, and `uses` those that were drawn of each, by its id."""
+    scope, also those that were forgotten, and `uses` those that were drawn of each, by its id. A reward reaches the
+    success `threshold`, or does not. `readers_play`: whether first attempts read the memory."""
 
     run_id: str
     state: str
@@ -38,3 +51,6 @@ class Final:
     changes: Sequence[MemoryChange] = ()
     versions: Sequence[PolicyVersion] = ()
     learner: SavedLearner | None = None
+    evaluations: Sequence[ToldEvaluation] = ()
+    threshold: float = 1.0
+    readers_play: bool = False

@@ -12,18 +12,18 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
-from mulligan.common.access import ACCESS, AccessRole, needed_role
+from mulligan.common.access import AccessRole
 from mulligan.common.tokens import bearer
 from mulligan.env.v1 import env_service_pb2
 from mulligan.memory.v1 import memory_service_pb2
 from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
-from mulligan.testing.judge.access import NO_TOKEN, UNKNOWN_TOKEN
+from mulligan.testing.judge.access import NO_TOKEN, UNKNOWN_TOKEN, least_role, may
 from mulligan.testing.judge.intruders import Intruders
 from mulligan.testing.judge.network import channel_to
 from mulligan.testing.judge.recorder import CallRecorder
 from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
 
-_SERVICES: dict[str, ServiceDescriptor] = {
+SERVICES: dict[str, ServiceDescriptor] = {
     found.full_name: found
     for contract in (
         env_service_pb2,
@@ -59,7 +59,7 @@ class Strangers:
             (address, f"/{service}/{call}")
             for address, services in addresses.items()
             for service in services
-            for call in ACCESS[service]
+            for call in SERVICES[service].methods_by_name
         ]
         self._tokens = tokens
         self._recorder = recorder
@@ -85,9 +85,10 @@ class Strangers:
                 await channel.close()
 
     async def _try(self, channel: grpc.aio.Channel, method: str) -> None:
-        needed = needed_role(method)
-        less = [role for role in self._tokens if needed is not None and not role.includes(needed)]
-        credential = self._chance.choice([NO_TOKEN, UNKNOWN_TOKEN, *less])
+        tried: list[str] = [role for role in self._tokens if not may(role, method)]
+        if least_role(method) == AccessRole.READER:
+            tried.append(AccessRole.READER)  # it is let in, and changes nothing
+        credential = self._chance.choice([NO_TOKEN, UNKNOWN_TOKEN, *tried])
         token = "no-token-of-anybody" if credential == UNKNOWN_TOKEN else self._tokens.get(credential)  # type: ignore[call-overload]
         await self._call(channel, method, _kinds(method)[0](), credential, bearer(token) if token else None)
 
@@ -106,5 +107,5 @@ class Strangers:
 
 def _kinds(method: str) -> tuple[Any, Any]:
     _, service, call = method.split("/")
-    found = _SERVICES[service].methods_by_name[call]
+    found = SERVICES[service].methods_by_name[call]
     return message_factory.GetMessageClass(found.input_type), message_factory.GetMessageClass(found.output_type)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mulligan.testing.judge.intruders import Intruders
 from mulligan.testing.judge.nemesis import TROUBLES, Nemesis
 from mulligan.testing.judge.network import CallFaults
 from mulligan.testing.judge.recorder import CallRecorder, recorded, to_file
+from mulligan.testing.judge.replayed import ReplayedLearner
 from mulligan.testing.judge.state import Final
 from mulligan.testing.judge.strangers import Strangers
 from mulligan.testing.judge.verdict import judge
@@ -115,7 +118,9 @@ async def hold(folder: Path, settings: RunSettings, adversity: Adversity, *, see
     environments = EnvSettings().environments
     model = EnvSettings(environments={settings.environment: environments[settings.environment]}).create_environments()
     network = sum((network.happened for network in cluster.networks.values()), Counter())
-    return JudgedRun(judge(calls, final, model), calls, final, nemesis, dict(sorted(network.items())))
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        violations = judge(calls, final, model, partial(ReplayedLearner, Path(place)))
+    return JudgedRun(violations, calls, final, nemesis, dict(sorted(network.items())))
 
 
 async def _train(
