@@ -32,6 +32,7 @@ from mulligan.cli.ui import ui
 from mulligan.cli.up import up
 from mulligan.cli.watch import watch
 from mulligan.common.extras import how_to_install
+from mulligan.common.files import keep_files_private
 
 app = typer.Typer(
     name="mulligan",
@@ -60,6 +61,9 @@ app.add_typer(memory, name="memory")
 app.add_typer(models, name="models")
 app.add_typer(policy, name="policy")
 
+# A package of one's own; models that everybody can download; `certs` gives each file its mode.
+_MAKES_PUBLIC_FILES = ("certs", "env", "models")
+
 
 def _print_version(asked: bool) -> None:
     if not asked:
@@ -73,6 +77,7 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     asked: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -82,6 +87,8 @@ def options(
     ] = False,
 ) -> None:
     """Options of `mulligan` itself, before a command."""
+    if context.invoked_subcommand not in _MAKES_PUBLIC_FILES:
+        keep_files_private()  # runs, reports, exports, copies of memories, logs, caches: they have the texts of runs
     if insecure:
         os.environ[INSECURE] = "1"
 

@@ -21,7 +21,6 @@ from mulligan.cli.report import draw_chart, next_steps, recorded_rlvr, result_li
 from mulligan.cli.stop import AcceptEnvironment
 from mulligan.cli.train import read_settings
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
-from mulligan.common.files import keep_files_private
 from mulligan.common.tasks import cancel
 from mulligan.trainer.client import RunClient, RunInfo
 from mulligan.trainer.folder import RunState
@@ -47,7 +46,6 @@ def demo(
 
     Example: `mulligan demo --folder runs/rlvr --recipe frozenlake-3x3-rlvr`
     """
-    keep_files_private()
     settings = read_settings(recipe, override or [])
     try:
         finished = asyncio.run(_demo(folder, settings, experiences, accept_environment))

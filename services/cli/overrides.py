@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mulligan.cli.out import fail
+from mulligan.common.secret_flags import has_password
 
 
 def read_overrides(overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
@@ -21,5 +22,7 @@ def read_overrides(overrides: Sequence[str], option: str = "--set") -> dict[str,
             value: Any = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
+        if has_password(text):
+            fail(f"{option} {name}: has a password, and other users see options", 2)
         found[name] = value if isinstance(value, bool | int | float | str | list | dict) else text
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
@@ -21,7 +21,9 @@ from mulligan.cli.overrides import read_overrides
 from mulligan.common.addresses import Addresses
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.inference import PolicyInfo, PolicyVersion
+from mulligan.common.secret_flags import secrets_among
 from mulligan.policy.client import PolicyClient
+from mulligan.policy.key_file import read_key
 
 policy = typer.Typer(
     help="Look after the policies: `list`, `show`, `load`, `unload`, `versions`, `rollback`.", no_args_is_help=True
@@ -100,6 +102,12 @@ def load(
     override: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the policy as NAME=VALUE; repeatable.")
     ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A setting as NAME=FILE; FILE has its value, such as a key. Repeatable.", metavar="NAME=FILE"
+        ),
+    ] = None,
     address: PolicyAddress = DEFAULT_ADDRESSES["policy"],
 ) -> None:
     """Replace the model of a policy, or add a policy, while the service runs.
@@ -109,7 +117,7 @@ def load(
 
     Example: `mulligan policy load actor --model Qwen/Qwen3-4B-Instruct-2507 --set context_length=8192`
     """
-    options = read_overrides(override or [])
+    options = _without_secrets(read_overrides(override or [])) | _read_secrets(secret or [])
     folder = Path(model)
     source = str(folder.resolve()) if folder.is_dir() else model
     with working(f"loading {model}"):
@@ -125,6 +133,36 @@ def load(
                 )
         show_line(*answers.at(server), said)
     answers.done()
+
+
+def _without_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    """Ends the program if one of them is a secret: other users see options."""
+    from mulligan.policy.config import PolicyModelSettings
+
+    for name, value in options.items():
+        *tables, last = name.split(".")
+        given: dict[str, Any] = {last: value}
+        for name_of_table in reversed(tables):
+            given = {name_of_table: given}
+        for setting, problem in secrets_among(PolicyModelSettings, given):
+            fail(f"--set {setting}: {problem}, and other users see options: expected --secret {setting}=FILE", 2)
+    return options
+
+
+def _read_secrets(secrets: Sequence[str]) -> dict[str, Any]:
+    """Ends the program if one is not NAME=FILE."""
+    found: dict[str, Any] = {}
+    for one in secrets:
+        name, _, file = one.partition("=")
+        if not name or not file:
+            fail("--secret: expected NAME=FILE", 2)
+        try:
+            key = read_key(Path(file))
+        except ValueError as error:
+            fail(f"--secret {name}: {error}", 2)
+        assert key is not None
+        found[name] = key.get_secret_value()
+    return found
 
 
 async def _load(

@@ -55,7 +55,7 @@ def ui(
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Show recorded runs; nothing else has to run.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = PORT,
-    host: Annotated[str, typer.Option(help="Where it listens. Beyond this machine it wants TLS and its key.")] = HOST,
+    host: Annotated[str, typer.Option(help="Where it listens. Beyond this machine it wants TLS.")] = HOST,
     name: Annotated[
         list[str] | None, typer.Option(help="A name or address under which browsers open it; several are possible.")
     ] = None,
@@ -73,7 +73,7 @@ def ui(
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
     """Look at runs and experiences in a browser, also while they go on; and at the memory, policies and services that
-    run. Ctrl-C ends it; the runs go on.
+    run. Ctrl-C ends it; the runs go on. The address that it prints has its key, which everybody needs.
 
     Example: `mulligan ui runs/local`; without any run `mulligan ui --demo`
     """
@@ -92,13 +92,11 @@ def ui(
         names = ["127.0.0.1", "localhost"] if local else [host, socket.gethostname()]
         own = [f"{_bracketed(one)}:{port}" for one in dict.fromkeys([*(name or []), host, *names])]
         address = f"{'http' if tls_key is None else 'https'}://{own[0] if local or name else own[-1]}"
-        note(f"{'recorded runs' if shown is None else f'the runs below {shown}'}: {address}")
-        if not local:
-            note(f"with its key: {address}/?key={key}")
-        elif not demo:
-            note(f"to stop and resume runs, too: {address}/?key={key}")
+        is_open = demo and local  # the recording is public
+        what = "recorded runs" if shown is None else f"the runs below {shown}"
+        note(f"{what}: {address}" if is_open else f"{what}, with the console's key: {address}/?key={key}")
         files = {"ssl_certfile": tls_certificate, "ssl_keyfile": tls_key}
-        access = Access(own, key, port, for_all=not local)
+        access = Access(own, key, port, is_open=is_open)
         if shown is None:
             _serve_recording(listening, access, files)
         else:

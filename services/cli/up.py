@@ -14,7 +14,6 @@ from mulligan.cli.connection import DEFAULT_ADDRESSES, PORT_BASE, addresses_from
 from mulligan.cli.local import LocalServices, ServiceFailed
 from mulligan.cli.out import fail, note
 from mulligan.common.config import SERVICES, read_service_tables
-from mulligan.common.files import keep_files_private
 from mulligan.env.config import EnvSettings
 
 
@@ -64,7 +63,6 @@ def up(
 
     Example: `mulligan up --env-config env.toml --model Qwen/Qwen3-4B-Instruct-2507`
     """
-    keep_files_private()
     try:
         configs = _configs(config, env_config, policy_config)
         addresses = _addresses(port_base, configs.get("env"))

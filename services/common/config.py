@@ -30,6 +30,7 @@ from pydantic_settings import (
 
 from mulligan.common.addresses import is_loopback
 from mulligan.common.callers import CallerLimits
+from mulligan.common.secret_flags import has_setting, secret_fields, secrets_among
 from mulligan.common.suggest import did_you_mean, problems
 from mulligan.common.tls import BadTls, ClientTls, read_client_tls
 from mulligan.common.tokens import KnownTokens, TokenFile
@@ -191,6 +192,20 @@ class ServiceSettings(BaseSettings):
                 refuse(cls.service, f"{variable}: no such setting{near}")
 
     @classmethod
+    def _refuse_secret_flags(cls, given: dict[str, Any], prefix: str) -> None:
+        """Also those in JSON, such as `--openai '{"api_key": "KEY"}'`, and passwords in URLs."""
+        found = []
+        for name, problem in secrets_among(cls, given):
+            variable = prefix + name.upper().replace(".", "__")
+            other = f", or {name}_file" if has_setting(cls, f"{name}_file") else ""
+            found.append(
+                f"{name}: {problem}, and other users see flags: expected the variable {variable}, or {name} in the "
+                f"file of --config{other}"
+            )
+        if found:
+            refuse(cls.service, *found)
+
+    @classmethod
     def load(cls, arguments: Sequence[str]) -> Self:
         """Reads all sources. On invalid settings it prints a line per setting and exits with status 2."""
         argv = list(arguments)
@@ -213,8 +228,12 @@ class ServiceSettings(BaseSettings):
             def settings_customise_sources(
                 cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
             ) -> tuple[PydanticBaseSettingsSource, ...]:
+                flags: CliSettingsSource[Any] = CliSettingsSource(
+                    settings_cls, root_parser=_parser(cls), cli_parse_args=argv
+                )
+                cls._refuse_secret_flags(flags(), prefix)
                 return (
-                    CliSettingsSource(settings_cls, root_parser=_parser(cls.service), cli_parse_args=argv),
+                    flags,
                     EnvSettingsSource(settings_cls, env_prefix=prefix, env_nested_delimiter="__"),
                     InitSettingsSource(settings_cls, init_kwargs=in_file),
                 )
@@ -265,19 +284,32 @@ def refuse(service: str, *problems: str) -> NoReturn:
 
 
 class _Parser(argparse.ArgumentParser):
+    secrets: frozenset[str] = frozenset()  # settings that are no flags
+
+    def parse_known_args(self, *given: Any, **named: Any) -> Any:
+        for action in self._actions:
+            if action.dest in self.secrets:
+                action.help = argparse.SUPPRESS  # `load` refuses it
+        return super().parse_known_args(*given, **named)
+
     def error(self, message: str) -> NoReturn:
         """Adds the most similar flag for an unknown one."""
         flag = next((word.partition("=")[0] for word in message.split() if word.startswith("--")), "")
-        near = did_you_mean(flag, self._option_string_actions) if flag and "unrecognized" in message else ""
+        known = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
+        near = did_you_mean(flag, known) if flag and "unrecognized" in message else ""
         super().error(message + near)
 
 
-def _parser(service: str) -> argparse.ArgumentParser:
-    return _Parser(
+def _parser(settings: type[ServiceSettings]) -> argparse.ArgumentParser:
+    service = settings.service
+    parser = _Parser(
         prog=f"python -m mulligan.{service}",
         epilog=f"--config FILE.toml reads settings from a file, or its table [{service}]; "
-        f"MULLIGAN_{service.upper()}_NAME=VALUE sets one, too. Flags win over variables, variables over the file.",
+        f"MULLIGAN_{service.upper()}_NAME=VALUE sets one, too. Flags win over variables, variables over the file. "
+        "Secrets are no flags, which other users see: a file or a variable has them.",
     )
+    parser.secrets = secret_fields(settings)
+    return parser
 
 
 def _take_config(argv: list[str]) -> str | None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may do what. `hosts`: HOST:PORT, as browsers send it. The key is needed to change something, and if
-    `for_all`, to see anything. A URL with `?key=…` gives the browser a cookie that has it."""
+    """Who may do what. `hosts`: HOST:PORT, as browsers send it. The key is needed for everything; if `is_open`, to
+    change something alone. A URL with `?key=…` gives the browser a cookie that has it."""
 
     hosts: Sequence[str]
     key: str
     port: int
-    for_all: bool = False
+    is_open: bool = False
 
     @property
     def cookie(self) -> str:

@@ -1,5 +1,7 @@
-"""Refuses requests that other web sites send through a browser of somebody who has the console open, and what needs the
-console's key without it.
+"""Refuses requests without the console's key, and those that other web sites send through a browser of somebody who has
+the console open.
+
+The console reads with the tokens of its user, and other users of the machine reach its port: so they need the key.
 
 A page of another site can make the browser ask 127.0.0.1 (DNS rebinding, forged forms). So the header Host must be one
 of the console's own, and requests that change something must come from its own pages (Origin).
@@ -65,9 +67,9 @@ class Guard:
         request.scope["may_act"] = access.is_key(request.cookies.get(access.cookie, ""))
         if request.scope["may_act"] or request.url.path.startswith("/static/"):
             return None
-        if access.for_all or request.method == "POST":
-            return self._asked(request, "This needs the key of the console.")
-        return None
+        if access.is_open and request.method != "POST":
+            return None
+        return self._asked(request, "This needs the key of the console.")
 
     def _asked(self, request: Request, message: str) -> Response:
         path = "/" if request.method == "POST" else request.url.path

@@ -6,9 +6,11 @@ changed. Words are searched by SQLite (https://www.sqlite.org/fts5.html), everyt
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from mulligan.trainer.journal import read_experiences, slot_of
 log = structlog.get_logger()
 _VERSION = 3  # of the schema; an index of another one is made anew
 _TEXT = 20_000  # characters of an experience that can be searched
+_FILES = ("", "-wal", "-shm")  # what SQLite adds to the name
 _MOST_RUNS = 8  # whose facts are kept in memory: 5 MB for 100,000 experiences
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
@@ -135,14 +138,16 @@ class ExperienceIndex:
     """One writer, any number of readers, in threads of their own."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = path
+        self._keep_private()
         self._writing = threading.Lock()
         self._writer = self._open()
         if not self._is_ours():
             self._writer.close()
-            for end in ("", "-wal", "-shm"):
+            for end in _FILES:
                 Path(f"{path}{end}").unlink(missing_ok=True)
+            self._keep_private()
             self._writer = self._open()
         self._writer.executescript(f"{_SCHEMA}\nPRAGMA user_version = {_VERSION};")
         self._local = threading.local()
@@ -151,6 +156,14 @@ class ExperienceIndex:
 
     def close(self) -> None:
         self._writer.close()
+
+    def _keep_private(self) -> None:
+        """It has the texts of runs: only its user may read it, also one that an earlier release made for all. SQLite
+        gives its other files the mode of the first."""
+        os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600))
+        for end in _FILES:
+            with suppress(FileNotFoundError):
+                Path(f"{self._path}{end}").chmod(0o600)
 
     def _is_ours(self) -> bool:
         """Whether the file is empty, or an index of this version."""

@@ -11,20 +11,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
 from tests.support.found import require_chromium
 from tests.support.paths import IMPORT_ROOTS
 
+CONSOLE_KEY = "the-key-of-every-console-of-tests"
+
 
 @contextmanager
 def console(folder: Path, cache: Path, *options: str, **variables: str) -> Iterator[str]:
-    """`mulligan ui FOLDER`. Its address."""
+    """`mulligan ui FOLDER`, with CONSOLE_KEY unless the options have another one. Its address."""
+    if not any(option.startswith("--key-file") for option in options):
+        cache.mkdir(parents=True, exist_ok=True)
+        key = cache / "console-key"
+        key.touch(0o600)
+        key.write_text(CONSOLE_KEY)
+        options = (*options, f"--key-file={key}")
     environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS, "XDG_CACHE_HOME": str(cache), **variables}
     command = [sys.executable, "-m", "mulligan.cli", "ui", str(folder), "--port", "0", *options]
     with started(command, environment) as address:
         yield address
+
+
+def with_key(address: str, key: str = CONSOLE_KEY) -> dict[str, str]:
+    """The headers of a browser that was given the key."""
+    return {"Cookie": f"mulligan-console-{urlsplit(address).port}={key}"}
 
 
 @contextmanager
@@ -52,7 +66,7 @@ def _address(lines: IO[str]) -> str:
     read = ""
     for line in lines:
         read += line
-        if found := re.search(r"https?://\S+", line):
+        if found := re.search(r"https?://[^\s/?]+", line):
             return found[0]
     raise AssertionError(f"the console did not start:\n{read}")
 

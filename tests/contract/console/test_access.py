@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import pytest
 from selenium.webdriver.common.by import By
 
 from mulligan.common.certificates import Certificates
+from mulligan.console.reading import index_file
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.recorded_runs import write_run
 from mulligan.trainer.folder import RunState
 from tests.support.console import browser, console
+from tests.support.paths import IMPORT_ROOTS
 from tests.support.waiting import wait_until
 
 KEY = "a-key-of-the-console-in-a-file"
@@ -37,6 +40,10 @@ def key_file(tmp_path: Path) -> Path:
 def runs(tmp_path: Path) -> Path:
     write_run(tmp_path / "runs", "run-1", steps=1)
     return tmp_path / "runs"
+
+
+def index_file_of(runs: Path, cache: Path) -> Path:
+    return cache / "mulligan" / "console" / index_file(runs.resolve()).name
 
 
 def answer(
@@ -63,10 +70,15 @@ def cookie_of(address: str, ca: Path | None = None) -> str:
     return cookie.partition(";")[0]
 
 
-def test_on_this_machine_all_may_see_and_the_key_is_needed_to_act(runs: Path, key_file: Path, tmp_path: Path) -> None:
+def test_the_key_is_needed_to_see_and_to_act(runs: Path, key_file: Path, tmp_path: Path) -> None:
+    """On this machine, too: it reads with its user's tokens, and other users reach its port."""
     with console(runs, tmp_path / "cache", "--key-file", str(key_file), *AWAY) as address:
         own = {"Origin": address}
-        assert answer(address, "/runs/run-1", {}).status == 200
+        for path in ("/", "/runs/run-1", "/series?run=run-1", "/live?run=run-1", "/memory", "/services"):
+            assert answer(address, path, {}).status == 401
+            assert answer(address, path, {"Cookie": f"mulligan-console-{urlsplit(address).port}=x"}).status == 401
+        assert answer(address, "/static/console.css", {}).status == 200
+        assert answer(address, "/runs/run-1", {"Cookie": cookie_of(address)}).status == 200
         assert answer(address, "/?key=another", {}).status == 401
         for path in ("/runs/run-1/stop", "/runs/run-1/resume", "/policies/actor/versions/1/serve"):
             assert answer(address, path, own, "POST").status == 401
@@ -77,6 +89,28 @@ def test_on_this_machine_all_may_see_and_the_key_is_needed_to_act(runs: Path, ke
         assert answer(address, "/runs/run-1/stop", {**cookie, **own}, "POST").status == 409, "the trainer is away"
         assert answer(address, "/runs/run-2/stop", {**cookie, **own}, "POST").status == 404
         assert answer(address, "/runs/run-1/stop", {**cookie, **own}).status == 405
+
+
+def test_the_printed_address_opens_it_and_its_files_are_private(runs: Path, tmp_path: Path) -> None:
+    """Whatever the umask, also where an earlier release made the index for all."""
+    index = index_file_of(runs, tmp_path)
+    index.parent.mkdir(parents=True)
+    index.touch(0o644)
+    command = [sys.executable, "-m", "mulligan.cli", "ui", str(runs), "--port", "0", *AWAY]
+    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS, "XDG_CACHE_HOME": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, umask=0o022) as process:
+        try:
+            assert process.stderr is not None
+            said = process.stderr.readline()
+            address, _, query = said.split()[-1].partition("/?")
+            assert "with the console's key: http://127.0.0.1:" in said and len(query) > 20
+            cookie = answer(address, f"/?{query}", {}).headers["Set-Cookie"].partition(";")[0]
+            assert answer(address, "/runs/run-1", {"Cookie": cookie}).status == 200
+            files = list(index.parent.iterdir())
+            assert {file.stat().st_mode & 0o777 for file in files} == {0o600} and len(files) == 3
+        finally:
+            process.terminate()
+            process.communicate()
 
 
 def test_beyond_this_machine_everything_needs_the_key_and_goes_over_tls(
@@ -117,7 +151,7 @@ def test_bad_options_are_named(runs: Path, key_file: Path, tmp_path: Path, optio
 
 
 async def test_a_run_is_stopped_and_resumed(services: ServiceProcesses, key_file: Path, tmp_path: Path) -> None:
-    """By the buttons, with the token that `mulligan ui` has; without the key there are none."""
+    """By the buttons, with the token that `mulligan ui` has."""
     loop = Loop.start(services, tmp_path / "loop")
     client = loop.client()
     await client.start("long", small_run(steps=1000))
@@ -135,8 +169,6 @@ async def test_a_run_is_stopped_and_resumed(services: ServiceProcesses, key_file
             chrome.find_element(By.CSS_SELECTOR, ".heading button").click()
             chrome.switch_to.alert.accept()
 
-        chrome.get(f"{address}/runs/long")
-        assert not chrome.find_elements(By.CSS_SELECTOR, ".heading button")
         chrome.get(f"{address}/runs/long?key={KEY}")
         press("Stop")
         wait_until(lambda: button("Resume"))

@@ -15,7 +15,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from mulligan.testing.recorded_runs import write_run
 from mulligan.trainer.events import EventLog, StepEvent
 from mulligan.trainer.folder import RunFolder
-from tests.support.console import browser, console
+from tests.support.console import CONSOLE_KEY, browser, console
 
 T = TypeVar("T")
 
@@ -35,8 +35,9 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 
 @pytest.fixture(scope="module")
-def shared_window() -> Iterator[Chrome]:
+def shared_window(address: str) -> Iterator[Chrome]:
     with browser() as found:
+        found.get(f"{address}/?key={CONSOLE_KEY}")
         yield found
 
 

@@ -13,7 +13,7 @@ from selenium.webdriver.support.ui import Select
 
 from mulligan.common.text import safe
 from mulligan.testing.processes import ServiceProcesses
-from tests.support.console import browser, console
+from tests.support.console import browser, console, with_key
 from tests.support.waiting import wait_until
 
 KEY = "a-key-of-the-console-in-a-file"
@@ -35,7 +35,8 @@ def address(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPath
 def test_a_policy_answers_under_the_prompt_of_an_environment(address: str) -> None:
     with browser() as chrome:
         chrome.get(f"{address}/chat")
-        assert "needs the console's key" in chrome.page_source
+        assert "needs the key of the console" in chrome.page_source
+        chrome.get_log("browser")  # type: ignore[no-untyped-call]  # has the refusal
         chrome.get(f"{address}/chat?key={KEY}")
         Select(chrome.find_element(By.NAME, "environment")).select_by_visible_text("frozenlake-3x3")
         chrome.find_element(By.XPATH, "//button[text()='Begin anew']").click()
@@ -55,8 +56,7 @@ def test_a_policy_answers_under_the_prompt_of_an_environment(address: str) -> No
 def post(address: str, path: str, changes: Mapping[str, str]) -> tuple[int, str]:
     fields = {"policy": "", "text": "Hello", "history": "[]", "temperature": "1", "max_tokens": "4"} | dict(changes)
     connection = HTTPConnection(urlsplit(address).netloc, timeout=60)
-    cookie = f"mulligan-console-{urlsplit(address).port}={KEY}"
-    headers = {"Cookie": cookie, "Origin": address, "Content-Type": "application/x-www-form-urlencoded"}
+    headers = {**with_key(address, KEY), "Origin": address, "Content-Type": "application/x-www-form-urlencoded"}
     connection.request("POST", path, urlencode(fields), headers)
     answer = connection.getresponse()
     return answer.status, answer.read().decode()

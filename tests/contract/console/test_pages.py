@@ -20,7 +20,7 @@ from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.recorded_runs import write_run
 from mulligan.trainer.events import EventLog, StepEvent
 from mulligan.trainer.folder import RunFolder
-from tests.support.console import console
+from tests.support.console import console, with_key
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e'\"&{{ 7*7 }}"
 
@@ -50,7 +50,7 @@ def address(runs: Path, memory: str, tmp_path_factory: pytest.TempPathFactory) -
 
 def get(address: str, path: str, **headers: str) -> tuple[int, str]:
     try:
-        with urlopen(Request(address + path, headers=headers), timeout=30) as answer:
+        with urlopen(Request(address + path, headers={**with_key(address), **headers}), timeout=30) as answer:
             return answer.status, answer.read().decode()
     except HTTPError as error:
         return error.code, error.read().decode()
@@ -96,7 +96,7 @@ def test_series_and_what_is_new(address: str, runs: Path) -> None:
     assert json.loads(page(address, f"/series?{query}&after={found['after']}"))["run-1"]["metrics"] == {}
     host = address.removeprefix("http://")
     connection = http.client.HTTPConnection(host, timeout=30)
-    connection.request("GET", f"/live?{query}&after={found['after']}")
+    connection.request("GET", f"/live?{query}&after={found['after']}", headers=with_key(address))
     answer = connection.getresponse()
     EventLog(RunFolder(runs / "run-1").events_file).add(StepEvent(3, {"entropy": 0.125}))
     data = next(line for line in iter(answer.readline, b"") if line.startswith(b"data:"))
@@ -180,6 +180,6 @@ def test_other_sites_are_refused(address: str) -> None:
     assert get(address, "/", Origin="http://evil.example")[0] == 403
     assert get(address, "/", Origin="null")[0] == 403
     assert get(address, "/", Origin=f"http://{host}")[0] == 200
-    with urlopen(address, timeout=30) as answer:
+    with urlopen(Request(address, headers=with_key(address)), timeout=30) as answer:
         policy = answer.headers["content-security-policy"]
     assert "default-src 'self'" in policy and "unsafe" not in policy

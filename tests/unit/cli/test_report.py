@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,8 +12,10 @@ import pytest
 
 from mulligan.cli.report import next_steps, recorded_rlvr
 from mulligan.cli.train import read_settings
+from mulligan.testing.recorded_runs import write_run
 from mulligan.trainer.client import RunInfo
 from mulligan.trainer.folder import RunState
+from tests.support.paths import IMPORT_ROOTS
 
 
 @pytest.mark.parametrize(
@@ -53,3 +58,11 @@ def test_a_run_is_compared_with_rlvr_of_the_same_model_and_task_alone(
 ) -> None:
     found = recorded_rlvr(read_settings(Path(recipe), overrides))
     assert (found and found.recipe) == recorded
+
+
+def test_what_a_command_writes_of_a_run_is_private_whatever_the_umask(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "run-1", steps=1)
+    command = [sys.executable, "-m", "mulligan.cli", "report", "runs/run-1"]
+    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS}
+    subprocess.run(command, cwd=tmp_path, env=environment, umask=0o022, check=True)
+    assert (tmp_path / "run-1.html").stat().st_mode & 0o777 == 0o600

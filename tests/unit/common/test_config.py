@@ -11,10 +11,12 @@ import pytest
 
 from mulligan.common.access import AccessRole
 from mulligan.common.config import ServiceSettings
+from mulligan.common.secret_flags import has_setting, secret_fields
 from mulligan.env.base import Split, UnknownTask
 from mulligan.env.config import EnvSettings
 from mulligan.memory.config import MemorySettings
 from mulligan.memory.store import StoreError
+from mulligan.policy.backends.openai import Settings as OpenAISettings
 from mulligan.policy.config import PolicySettings
 from mulligan.trainer.config import TrainerSettings
 from tests.support.paths import IMPORT_ROOTS
@@ -318,3 +320,60 @@ def test_several_learner_processes_have_no_numbered_gpu(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         TrainerSettings.load(["--learner-processes", "2", "--device", "cuda:1"])
     assert "device: expected cuda without a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--openai.api-key", "sk-SECRET"], "openai.api_key"),
+        (["--openai", '{"api_key": "sk-SECRET"}'], "openai.api_key"),
+        (["--sglang.api-key=sk-SECRET"], "sglang.api_key"),
+        (["--vllm.api-key", "sk-SECRET"], "vllm.api_key"),
+        (["--policies", '{"judge": {"openai": {"api_key": "sk-SECRET"}}}'], "policies.judge.openai.api_key"),
+        (["--policies", 'judge={"sglang": {"admin_api_key": "sk-SECRET"}}'], "policies.judge.sglang.admin_api_key"),
+    ],
+)
+def test_a_secret_is_no_flag(flags: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other users see flags in the list of processes."""
+    with pytest.raises(SystemExit) as caught:
+        PolicySettings.load(flags)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "SECRET" not in said
+    variable = f"MULLIGAN_POLICY_{name.upper().replace('.', '__')}"
+    assert f"{name}: is a secret, and other users see flags: expected the variable {variable}" in said
+    assert f", or {name} in the file of --config, or {name}_file" in said
+
+
+def test_each_secret_can_be_in_a_file_and_no_help_has_it_as_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for settings in (EnvSettings, PolicySettings, MemorySettings, TrainerSettings):
+        secrets = secret_fields(settings)
+        assert all(has_setting(settings, f"{name}_file") for name in secrets), secrets
+        with pytest.raises(SystemExit):
+            settings.load(["--help"])
+        help_ = capsys.readouterr().out.split()
+        assert not {f"--{name.replace('_', '-')}" for name in secrets} & set(help_)
+    assert {"openai.api_key", "sglang.api_key", "sglang.admin_api_key", "vllm.api_key"} <= secret_fields(PolicySettings)
+
+
+def test_secrets_come_from_files_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text("of-the-file\n")
+    address = ["--backend", "openai", "--openai.base-url", "https://example.com/v1"]
+    given = PolicySettings.load([*address, "--openai.api-key-file", str(tmp_path / "key")])
+    found = given.own_as(OpenAISettings).key
+    assert found is not None and found.get_secret_value() == "of-the-file"
+    monkeypatch.setenv("MULLIGAN_POLICY_OPENAI__API_KEY", "of-the-variable")
+    found = PolicySettings.load(address).own_as(OpenAISettings).key
+    assert found is not None and found.get_secret_value() == "of-the-variable"
+
+
+@pytest.mark.parametrize("location", ["postgresql://u:SECRET@h/db", "postgresql://u@h/db?user=u&password=SECRET"])
+def test_a_flag_has_no_password(
+    location: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        MemorySettings.load(["--database", f"postgres:{location}"])
+    said = capsys.readouterr().err
+    assert "database: has a password, and other users see flags: expected the variable MULLIGAN_MEMORY_DATABASE" in said
+    assert "SECRET" not in said
+    monkeypatch.setenv("MULLIGAN_MEMORY_DATABASE", f"postgres:{location}")
+    assert location in MemorySettings.load([]).database

@@ -9,32 +9,12 @@ every `EngineServer` load the `TargetWeights` that `Folders` has put on disk.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import Field, SecretStr
 
 from mulligan.policy.backend import HttpSettings
-
-
-def read_key(path: Path | None) -> SecretStr | None:
-    """The only line of a file; None without a file. Raises ValueError, which does not name what it holds."""
-    if path is None:
-        return None
-    try:
-        key = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {type(error).__name__}") from error
-    if not key.isascii() or not key.isprintable() or not key or " " in key:
-        raise ValueError(f"{path}: expected one line with a key, without spaces")
-    return SecretStr(key)
-
-
-def _with_key(path: Path) -> Path:
-    read_key(path)
-    return path
-
-
-KeyFile = Annotated[Path, AfterValidator(_with_key)]
+from mulligan.policy.key_file import KeyFile, read_key
 
 
 class ServerSettings(HttpSettings):

@@ -17,14 +17,18 @@ import structlog
 from pydantic import SecretStr
 
 from mulligan.common.files import replace
+from mulligan.common.foreign import kept
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backends._servers import ServerSettings
 from mulligan.policy.backends._servers.connection import HttpConnection, Unreachable
+from mulligan.policy.backends._servers.engine_log import EngineLog
 from mulligan.policy.backends._servers.server import EngineServer
 
 log = structlog.get_logger()
 _STOP_SECONDS = 5.0
-_LOG_END = 4000  # bytes that an error shows
+_LOG_END = 4000  # bytes of its log that are looked at when an engine fails
+_LOG_TOLD = 1500  # characters of them that the service's log gets
+_LOG_SECONDS = 2.0  # for what an engine wrote last to reach its log
 _BACKOFF = (0.0, 1.0, 5.0, 15.0, 60.0)  # seconds before the nth start in a row that failed
 _PORT_TAKEN = b"address already in use"
 _PORT_ATTEMPTS = 5
@@ -69,12 +73,13 @@ class LaunchedServer:
         self._source = source
         self._label = label
         self._log_path = log_path
+        self._log = EngineLog(log_path)
         self._keys = {"api-key": key, "admin-api-key": settings.admin_key}
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Returns when the server is ready. Raises UnsupportedModel, with the end of its log, if it does not get
-        ready."""
+        """Returns when the server is ready. Raises UnsupportedModel if it does not get ready; this service's log gets
+        the end of the server's."""
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             port = _free_port()
             self._server.connection = self._connect(f"http://127.0.0.1:{port}")
@@ -83,7 +88,7 @@ class LaunchedServer:
                 await self._ready()
             except UnsupportedModel:
                 await self.stop()
-                if attempt == _PORT_ATTEMPTS or _PORT_TAKEN not in self._log_end().lower():
+                if attempt == _PORT_ATTEMPTS or _PORT_TAKEN not in self._log.end(_LOG_END).lower():
                     raise
             except BaseException:
                 await self.stop()
@@ -127,14 +132,14 @@ class LaunchedServer:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+        await asyncio.to_thread(self._log.finish, _LOG_SECONDS)
 
     async def _spawn(self, port: int) -> None:
         server = self._server
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        keys = self._key_file() if server.takes_key_file else None
-        arguments = server.launch_arguments(self._source, self._label, port, self._settings.flags, keys)
-        with self._log_path.open("wb") as output:
-            self._log_path.chmod(0o600)  # SGLang's has its keys
+        output = self._log.start()
+        try:
+            keys = self._key_file() if server.takes_key_file else None
+            arguments = server.launch_arguments(self._source, self._label, port, self._settings.flags, keys)
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", _GUARD, str(os.getpid()), self._settings.python, *arguments),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -143,6 +148,8 @@ class LaunchedServer:
                 start_new_session=True,
                 env={**os.environ, **server.launch_environment, **self._settings.environment},
             )
+        finally:
+            os.close(output)
 
     def _key_file(self) -> Path:
         given = {name: key.get_secret_value() for name, key in self._keys.items() if key is not None}
@@ -160,24 +167,17 @@ class LaunchedServer:
                 return
             if time.monotonic() > deadline:
                 seconds = self._settings.start_seconds
-                raise UnsupportedModel(
-                    f"{server.engine} was not ready within {seconds:g} s; its log ends with:\n{self._said()}"
-                )
+                raise UnsupportedModel(f"{server.engine} was not ready within {seconds:g} s: {self._told()}")
             await asyncio.sleep(0.1)
-        raise UnsupportedModel(
-            f"{server.engine} ended with status {self._process.returncode}; its log ends with:\n{self._said()}"
-        )
+        await asyncio.to_thread(self._log.finish, _LOG_SECONDS)
+        raise UnsupportedModel(f"{server.engine} ended with status {self._process.returncode}: {self._told()}")
 
-    def _said(self) -> str:
-        said = self._log_end().decode(errors="replace")
-        for key in self._keys.values():
-            said = said.replace(key.get_secret_value(), "***") if key is not None else said
-        return said
-
-    def _log_end(self) -> bytes:
-        with self._log_path.open("rb") as file:
-            file.seek(max(0, self._log_path.stat().st_size - _LOG_END))
-            return file.read()
+    def _told(self) -> str:
+        """What callers of LoadModel are told in place of the end of the log, which may quote anything."""
+        said = self._log.end(_LOG_END).decode(errors="replace")
+        for key in self._keys.values():  # before it is cut, so that no part of one is left
+            said = said.replace(key.get_secret_value(), "(the key)") if key is not None else said
+        return kept(f"{self._server.engine}, {self._log_path}", said[-_LOG_TOLD:])
 
 
 def _free_port() -> int:

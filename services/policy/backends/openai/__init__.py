@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, SecretStr
 
 from mulligan.common.extras import MissingExtra
 from mulligan.policy.backend import Backend, HttpSettings
+from mulligan.policy.key_file import KeyFile, read_key
 from mulligan.policy.model_settings import ModelSettings
 
 
@@ -16,12 +17,14 @@ class Settings(HttpSettings):
     """An endpoint that speaks OpenAI's chat completions."""
 
     in_0_1_0: ClassVar[bool] = True
-    after_0_1_0: ClassVar = HttpSettings.local_only
+    local_only: ClassVar = HttpSettings.local_only | {"api_key_file"}
+    after_0_1_0: ClassVar = HttpSettings.local_only | {"api_key_file"}
     reads_files: ClassVar[bool] = False
-    credentials: ClassVar = {"base_url": frozenset({"api_key"})}
+    credentials: ClassVar = {"base_url": frozenset({"api_key", "api_key_file"})}
 
     base_url: str = Field("", description="Such as http://127.0.0.1:8000/v1.")
     api_key: SecretStr | None = Field(None, description="Sent as bearer token.")
+    api_key_file: KeyFile | None = Field(None, description="The file with it, instead.")
     request_seconds: float = Field(600.0, gt=0, description="How long the endpoint may take for one request.")
     max_retries: int = Field(3, ge=0, le=20, description="Of requests that it refuses for the moment.")
     context_length: int = Field(0, ge=0, description="The model's, to be told to callers; 0: as the endpoint says.")
@@ -32,6 +35,11 @@ class Settings(HttpSettings):
     extra_body: dict[str, JsonValue] = Field(
         {}, description='Put over the body of every request: {"top_k": -1}, {"reasoning_effort": "low"}, …'
     )
+
+    @property
+    def key(self) -> SecretStr | None:
+        """What each request carries."""
+        return self.api_key or read_key(self.api_key_file)
 
 
 async def open(settings: ModelSettings, folder: Path, first_version: int) -> Backend:

@@ -90,7 +90,8 @@ class ChatEndpoint:
     def __init__(self, settings: ModelSettings):
         chosen = settings.own_as(Settings)
         self.address = _address(chosen.base_url)
-        self._key = chosen.api_key.get_secret_value() if chosen.api_key else ""
+        given = chosen.key
+        self._key = given.get_secret_value() if given else ""
         key = self._key or "none"
         host = urlsplit(chosen.base_url).hostname or ""
         # The header is given explicitly: a key from the environment must not go to an endpoint of the settings.

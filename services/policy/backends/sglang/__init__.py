@@ -9,7 +9,8 @@ from pydantic import Field, SecretStr, field_validator
 
 from mulligan.common.extras import MissingExtra
 from mulligan.policy.backend import Backend, HttpSettings
-from mulligan.policy.backends._servers import KeyFile, ServerSettings, read_key
+from mulligan.policy.backends._servers import ServerSettings
+from mulligan.policy.key_file import KeyFile, read_key
 from mulligan.policy.model_settings import ModelSettings
 
 _KEYS = frozenset({"api_key", "api_key_file", "admin_api_key", "admin_api_key_file"})

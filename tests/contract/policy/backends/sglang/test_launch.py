@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from structlog.testing import capture_logs
 
 from mulligan import models
 from mulligan.common.model_files import UnsupportedModel
@@ -49,31 +51,36 @@ def _script(folder: Path, text: str) -> str:
     return str(path)
 
 
-async def _refused(folder: Path, **settings: object) -> str:
+async def _refused(folder: Path, **settings: object) -> tuple[str, str]:
+    """What a caller of LoadModel is told, and what the service's log gets."""
     chosen = model_settings(backend="sglang", model=str(models.EMBEDDED), sglang=SglangSettings(**settings))
-    with pytest.raises(UnsupportedModel) as caught:
+    with capture_logs() as lines, pytest.raises(UnsupportedModel) as caught:
         await open_backend(chosen, folder / "engine", 0)
-    return str(caught.value)
+    [failed] = [line for line in lines if line["event"] == "another server failed"]
+    message = str(caught.value)
+    assert failed["incident"] in message and failed["server"] == f"SGLang, {folder / 'engine' / 'sglang-0.log'}"
+    return message, failed["said"]
 
 
-async def test_the_end_of_the_log_says_why_a_server_did_not_start(tmp_path: Path) -> None:
-    python = _script(tmp_path, 'echo "out of memory, says $*"; exit 3')
-    message = await _refused(tmp_path, python=python, flags=("--tp", "2"))
-    assert "status 3" in message and "out of memory" in message
-    assert f"-m sglang.launch_server --model-path {models.EMBEDDED}" in message
-    assert "--load-format safetensors" in message
-    assert "--weight-version 0-original" in message and message.rstrip().endswith("--tp 2")
+async def test_the_services_log_says_why_a_server_did_not_start_and_callers_get_the_incident(tmp_path: Path) -> None:
+    python = _script(tmp_path, 'echo "out of memory, DATABASE_PASSWORD=hunter2, says $*"; exit 3')
+    message, said = await _refused(tmp_path, python=python, flags=("--tp", "2"))
+    assert re.fullmatch("SGLang ended with status 3: incident [0-9a-f]{8}, this server's log has what it said", message)
+    assert "out of memory, DATABASE_PASSWORD=hunter2" in said
+    assert f"-m sglang.launch_server --model-path {models.EMBEDDED}" in said
+    assert "--load-format safetensors" in said
+    assert "--weight-version 0-original" in said and said.rstrip().endswith("--tp 2")
 
 
 async def test_a_launched_server_gets_a_key_that_no_list_and_no_message_shows(tmp_path: Path) -> None:
     """In a file of its user alone. What the server says of it is not passed on."""
     python = _script(tmp_path, f'echo "$*" > {tmp_path}/list; shift 4; cp -p "$2" {tmp_path}/keys; cat "$2"; exit 3')
     for given in ({}, {"api_key": "of-requests", "admin_api_key": "of-changes"}):
-        message = await _refused(tmp_path, python=python, **given)
+        message, said = await _refused(tmp_path, python=python, **given)
         kept = json.loads((tmp_path / "keys").read_text())
-        assert len(kept["api-key"]) > 10 and "***" in message
+        assert len(kept["api-key"]) > 10 and "(the key)" in said
         for key in kept.values():
-            assert key not in message and key not in (tmp_path / "list").read_text()
+            assert key not in message + said and key not in (tmp_path / "list").read_text()
         assert (tmp_path / "keys").stat().st_mode & 0o077 == 0
     assert kept == {"api-key": "of-requests", "admin-api-key": "of-changes"}
 
@@ -101,13 +108,14 @@ def test_a_key_is_read_from_a_file(tmp_path: Path) -> None:
 
 async def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     python = _script(tmp_path, f"echo $$ > {tmp_path}/pid; echo loading; exec sleep 600")
-    message = await _refused(tmp_path, python=python, start_seconds=3.0)
-    assert "not ready within 3 s" in message and "loading" in message
+    message, said = await _refused(tmp_path, python=python, start_seconds=3.0)
+    assert "not ready within 3 s" in message and "loading" in said and "loading" not in message
     assert not runs(int((tmp_path / "pid").read_text()))
 
 
 async def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:
-    assert "/no/such/python" in await _refused(tmp_path, python="/no/such/python")
+    _, said = await _refused(tmp_path, python="/no/such/python")
+    assert "/no/such/python" in said
 
 
 def test_a_server_ends_with_the_service_that_started_it(tmp_path: Path) -> None:
