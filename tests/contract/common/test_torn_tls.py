@@ -1,4 +1,4 @@
-"""What strangers send to a port with TLS writes nothing into the log, nor does gRPC's core (`services/common/config.py`)."""
+"""What strangers send to a port with TLS adds no line to the log, by gRPC either: `services/common/config.py`."""
 
 from __future__ import annotations
 
