@@ -96,9 +96,10 @@ ACCESS: Mapping[str, Mapping[str, AccessRole | None]] = {
         "LoadCheckpoint": AccessRole.TRAINER,
         "PublishWeights": AccessRole.TRAINER,
     },
-    # Probes carry no credential, and the contracts are public.
+    # Probes carry no credential. The contracts are public, but messages of reflection have no bound that strangers may
+    # be given: one is as large as any other message, and a call has any number of them.
     "grpc.health.v1.Health": {"Check": ANYONE, "Watch": ANYONE, "List": AccessRole.READER},
-    "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": ANYONE},
+    "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": AccessRole.READER},
 }
 
 

@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 from collections import OrderedDict
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -35,7 +36,8 @@ class CallerLimits:
     """`receiving` is the number of single requests that are received of one caller at once, `streams` that of its calls
     that stream requests. `held_bytes` is the size of all requests and answers of its calls. `calls_per_second` 0: any
     number. `idle_seconds` is how long a stream of requests may say nothing. `calls_of_all` is the number of calls of
-    all callers together, and `request_bytes` the size of a single request; 0: any."""
+    all callers together but those of this machine, and `receiving_of_all` that of requests of them that are received at
+    once; `request_bytes` is the size of a single request; 0: any."""
 
     calls: int = 16_384
     calls_per_second: float = 0.0
@@ -45,16 +47,26 @@ class CallerLimits:
     receive_seconds: float = 60.0
     idle_seconds: float = 86_400.0
     calls_of_all: int = 0
+    receiving_of_all: int = 0
     request_bytes: int = 0
 
 
-# Of calls that need no credential. Their requests are received at once, unless somebody plays tricks.
-PROBE_LIMITS = CallerLimits(
-    calls=1_024, held_bytes=2**26, receiving=1, streams=4, receive_seconds=5.0, idle_seconds=5.0
+# Of calls that need no credential. Their requests are small and arrive at once, unless somebody plays tricks. But gRPC
+# takes as much as the largest message of any call before it lets anybody see how much that is, so that few are received
+# at once, of however many callers.
+CHECK_LIMITS = CallerLimits(
+    calls=256,
+    held_bytes=2**26,
+    receiving=1,
+    receive_seconds=2.0,
+    calls_of_all=1_024,
+    receiving_of_all=2,
+    request_bytes=4_096,
 )
-CHECK_LIMITS = replace(PROBE_LIMITS, request_bytes=4_096)
 # A watch lasts as long as its caller likes.
-WATCH_LIMITS = replace(CHECK_LIMITS, calls=64, calls_of_all=1_024)
+WATCH_LIMITS = replace(CHECK_LIMITS, calls=64, receiving_of_all=1)
+# Probes of a container come from here, whatever strangers do.
+_OF_THIS_MACHINE = {"address 127.0.0.1", "address ::/64", "unix"}
 
 
 class Caller:
@@ -103,7 +115,7 @@ class Visit:
         self._callers = callers
         self._streams = streams
         self._held_bytes = 0
-        callers.check()  # before a caller is remembered
+        callers.check(key)  # before a caller is remembered
         self.caller = callers.find(key)
         self.caller.check(streams)
         self.caller.calls += 1
@@ -114,7 +126,7 @@ class Visit:
         """Waits for a message, at the caller's turn. Raises CALLER_LIMIT."""
         limit = self._callers.receiving
         try:
-            async with self.caller.receiving:
+            async with self.caller.receiving, self._callers.turn(self.caller.key):
                 return await limit.within(read())
         except TooLong:
             text = f"the request did not arrive within {limit.seconds:g} s"
@@ -161,6 +173,7 @@ class Callers:
     def __init__(self, limits: CallerLimits):
         self.limits = limits
         self.calls = 0  # of all of them
+        self._turns = asyncio.Semaphore(limits.receiving_of_all) if limits.receiving_of_all else None
         self.receiving = TimeLimit(limits.receive_seconds)
         self.idle = TimeLimit(limits.idle_seconds)
         self._known: OrderedDict[str, Caller] = OrderedDict()  # those that have called last at the end
@@ -174,10 +187,14 @@ class Callers:
             caller = self._known[key] = Caller(key, self.limits)
         return caller
 
-    def check(self) -> None:
+    def turn(self, key: str) -> AbstractAsyncContextManager[None]:
+        """Held by a caller while a message of it is received. Callers get it in the order in which they asked."""
+        return nullcontext() if self._turns is None or key in _OF_THIS_MACHINE else self._turns
+
+    def check(self, key: str) -> None:
         """Raises CALLER_LIMIT if a further call of anybody would be too many."""
         most = self.limits.calls_of_all
-        if most and self.calls >= most:
+        if most and self.calls >= most and key not in _OF_THIS_MACHINE:
             text = f"the server has {self.calls} such calls of callers without a credential, of {most} at most"
             raise DomainError(Reason.CALLER_LIMIT, text, retry_after=_RETRY_AFTER, limit="calls_of_all")
 

@@ -37,6 +37,11 @@ from mulligan.common.tokens import KnownTokens, TokenFile
 
 SERVICES = ("env", "policy", "memory", "trainer")
 
+# gRPC's core writes lines of its own to stderr, past the log and its limits: of each connection to a port with TLS that
+# speaks none, and the bytes of a server name that it does not know. It reads this variable when it is imported, which
+# each service does after this module.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 
 def _with_token(file: Path) -> Path:
     TokenFile(file)  # raises BadTokens

@@ -18,7 +18,6 @@ from grpc_reflection.v1alpha import reflection
 from mulligan.common.access import AccessRole, needed_role, role_of_names
 from mulligan.common.callers import (
     CHECK_LIMITS,
-    PROBE_LIMITS,
     WATCH_LIMITS,
     CallerLimits,
     Callers,
@@ -109,14 +108,18 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self._own_deadline = TimeLimit(default_deadline)
         self._writing = TimeLimit(write_seconds)
         self.callers = Callers(limits or CallerLimits())
-        # Callers without a credential. What one kind of call uses is not missing to another, such as a container's
+        # The calls that need no credential. What one kind of call uses is not missing to another, such as a container's
         # health check.
-        self._probing = Callers(PROBE_LIMITS)
-        self._checks = {
+        self._open: dict[str, Callers] = {
             "/grpc.health.v1.Health/Check": Callers(CHECK_LIMITS),
             "/grpc.health.v1.Health/Watch": Callers(WATCH_LIMITS),
         }
         self._handlers: dict[str, _Handler] = {}
+
+    @property
+    def open_calls(self) -> set[str]:
+        """Those that need no credential."""
+        return set(self._open)
 
     async def intercept_service(
         self,
@@ -154,8 +157,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         """Raises the DomainError that refuses the call."""
         needed = needed_role(guarded.method)
         if needed is None:
-            callers = self._checks.get(guarded.method, self._probing)
-            visit = Visit(callers, by_address(context.peer()), guarded.streams_requests)
+            visit = Visit(self._open[guarded.method], by_address(context.peer()), guarded.streams_requests)
         else:
             key = self._identify(guarded.method, needed, context)
             current_caller.set(key)

@@ -55,14 +55,18 @@ def add_reflection(suite: Suite[CheckSession], *services: str) -> None:
             raise NotApplicable("this needs the package grpcio-reflection here") from None
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast(Any, session.target.channel))
         asked = reflection_pb2.ServerReflectionRequest(list_services="")
-        call = stub.ServerReflectionInfo(iter([asked]), timeout=session.target.timeout)
+        call = stub.ServerReflectionInfo(
+            iter([asked]), timeout=session.target.timeout, metadata=session.target.metadata
+        )
         found: list[str] = []
         try:
             async for answer in call:
                 found = [service.name for service in answer.list_services_response.service]
                 break
         except grpc.aio.AioRpcError:
-            raise NotApplicable("the server has no reflection, which the contract does not ask for") from None
+            raise NotApplicable(
+                "the server has no reflection for this caller, which the contract does not ask for"
+            ) from None
         finally:
             call.cancel()
         missing = [service for service in services if service not in found]

@@ -176,9 +176,13 @@ class RawConnection:
 
 
 @asynccontextmanager
-async def raw_connection(address: str, *, window: int = 65_535) -> AsyncIterator[RawConnection]:
+async def raw_connection(
+    address: str, *, window: int = 65_535, source: str | None = None
+) -> AsyncIterator[RawConnection]:
+    """`source` is the address that it comes from."""
     host, _, port = address.rpartition(":")
-    connection = RawConnection(*await asyncio.open_connection(host, int(port)), window)
+    local = (source, 0) if source else None
+    connection = RawConnection(*await asyncio.open_connection(host, int(port), local_addr=local), window)
     await connection.start()
     try:
         yield connection

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tests.support.waiting import until, until_async
 
 MEBIBYTE = 2**20
 STEP = b"/mulligan.env.v1.EnvService/StepEpisode"
+REFLECTION = b"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 CONNECTIONS = 40
 
 
@@ -52,10 +53,12 @@ def credential(role: AccessRole) -> dict[bytes, bytes]:
     return {b"authorization": b"Bearer " + token_of(role).encode()}
 
 
-async def half_send(connection: RawConnection, metadata: dict[bytes, bytes], calls: int, size: int) -> list[int]:
+async def half_send(
+    connection: RawConnection, metadata: dict[bytes, bytes], calls: int, size: int, call: bytes = STEP
+) -> list[int]:
     """Sends the beginnings of messages of this size, as far as the server takes them within a second. Returns the
     numbers of the streams."""
-    streams = [connection.begin(STEP, metadata) for _ in range(calls)]
+    streams = [connection.begin(call, metadata) for _ in range(calls)]
     sending = [connection.send(stream, message(bytes(size - 1_000), size)) for stream in streams]
     await asyncio.wait([asyncio.create_task(one) for one in sending], timeout=1.0)
     return streams
@@ -67,14 +70,35 @@ async def serves(server: ServiceProcess, role: AccessRole = AccessRole.READER) -
     await client.close()
 
 
-async def test_what_strangers_send_is_not_kept(server: ServiceProcess) -> None:
+@pytest.mark.parametrize("call", [STEP, REFLECTION], ids=["a step", "reflection"])
+async def test_what_strangers_send_is_not_kept(server: ServiceProcess, call: bytes) -> None:
     """Twelve messages of 15 MiB, of which gRPC would keep 180 MiB."""
     await serves(server)
     before = server.memory
     async with raw_connection(server.address) as connection:
-        streams = await half_send(connection, {b"authorization": b"Bearer of-nothing"}, 12, 15 * MEBIBYTE)
+        streams = await half_send(connection, {b"authorization": b"Bearer of-nothing"}, 12, 15 * MEBIBYTE, call)
         assert all(connection.streams[stream].ended.is_set() for stream in streams), "refused before they were read"
         assert server.memory - before < 8 * MEBIBYTE
+    await serves(server)
+
+
+@pytest.mark.parametrize(("call", "at_once"), [(b"Check", 2), (b"Watch", 1)])
+async def test_probes_of_strangers_at_many_addresses_are_received_by_turns(
+    server: ServiceProcess, call: bytes, at_once: int
+) -> None:
+    """Half-sent ones of 15 MiB from ten addresses, of which gRPC would keep 150 MiB. Probes of this machine go on."""
+    await serves(server)
+    before = server.memory
+    async with AsyncExitStack() as stack:
+        sending = []
+        for number in range(10):
+            connection = await stack.enter_async_context(raw_connection(server.address, source=f"127.0.1.{number}"))
+            path = b"/grpc.health.v1.Health/" + call
+            sending.append(asyncio.create_task(half_send(connection, {}, 4, 15 * MEBIBYTE, path)))
+        async with asyncio.timeout(5):
+            assert await is_healthy(server.address, 5)
+        await asyncio.wait(sending)
+        assert server.memory - before < (at_once * 15 + 15) * MEBIBYTE
     await serves(server)
 
 

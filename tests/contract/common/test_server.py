@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -125,6 +125,19 @@ async def test_an_oversized_message_is_refused_and_harms_nobody(client: EnvClien
     assert fine.observation == "1: x"
 
 
+async def reflection_status(address: str, token: str) -> grpc.StatusCode:
+    """Of a call of reflection with this token."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast(Any, channel))
+        call = stub.ServerReflectionInfo(iter([ask]), timeout=10, metadata=bearer(token))
+        try:
+            answers = [answer async for answer in call]
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK if answers else grpc.StatusCode.UNKNOWN
+
+
 async def test_calls_need_a_token_and_probes_do_not(services: ServiceProcesses, tmp_path: Path) -> None:
     folder = write_tokens(tmp_path)
     guarded = services.start("env", tokens_folder=folder)
@@ -135,6 +148,8 @@ async def test_calls_need_a_token_and_probes_do_not(services: ServiceProcesses, 
             await client.list_environments()
         assert caught.value.reason is Reason.BAD_CREDENTIAL
         await client.close()
+    assert await reflection_status(guarded.address, "a-token-of-nobody") is grpc.StatusCode.UNAUTHENTICATED
+    assert await reflection_status(guarded.address, token_of(AccessRole.READER)) is grpc.StatusCode.OK
     client = EnvClient(Endpoint(guarded.address, token_file=folder / AccessRole.READER))
     assert len(await client.list_environments()) == len(DEFAULT_ENVIRONMENTS)
     with pytest.raises(DomainError, match="StartEpisode needs the role actor; the caller's is reader") as caught:

@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from mulligan.common.access import ACCESS, AccessRole, needed_role
-from mulligan.common.server import add_standard_services
+from mulligan.common.server import RequestInterceptor, add_standard_services
 from mulligan.env.episodes import EpisodeLimits
 from mulligan.env.servicer import add_to_server as add_env
 from mulligan.memory.servicer import add_to_server as add_memory
@@ -89,6 +89,12 @@ def test_a_call_that_is_not_in_the_table_needs_the_greatest_role() -> None:
     assert needed_role("/mulligan.env.v1.EnvService/Planted") is AccessRole.ADMIN
     assert needed_role("/planted.Service/Call") is needed_role("nothing") is AccessRole.ADMIN
     assert needed_role("/grpc.health.v1.Health/Check") is None
+
+
+def test_the_calls_that_need_no_credential_have_limits_of_their_own() -> None:
+    """A server has none for others: each call that anybody may make is one that strangers can exhaust."""
+    anybody = {f"/{service}/{call}" for service, of in ACCESS.items() for call, role in of.items() if role is None}
+    assert anybody == RequestInterceptor().open_calls
 
 
 def test_a_role_includes_those_before_it() -> None:

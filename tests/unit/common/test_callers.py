@@ -54,6 +54,39 @@ def test_each_caller_has_limits_of_its_own_and_is_forgotten_at_its_last_call() -
     Visit(callers, "a", True).end()
 
 
+async def test_callers_take_turns_and_this_machine_waits_for_none() -> None:
+    callers = Callers(CallerLimits(calls_of_all=3, receiving_of_all=1))
+    never, read = asyncio.Event(), []
+
+    async def receive(key: str, until: asyncio.Event | None = None) -> None:
+        visit = Visit(callers, key, False)
+        try:
+            await visit.receive(until.wait if until else _nothing)
+            read.append(key)
+        finally:
+            visit.end()
+
+    held = asyncio.create_task(receive("address 10.0.0.1", never))
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(receive(f"address 10.0.0.{number}")) for number in (2, 3)]
+    await asyncio.sleep(0)
+    for key in ("address 127.0.0.1", "address ::/64", "unix"):
+        await receive(key)
+    assert read == ["address 127.0.0.1", "address ::/64", "unix"]
+    with pytest.raises(DomainError) as caught:
+        await receive("address 10.0.0.4")
+    assert caught.value.metadata == {"limit": "calls_of_all"}
+    never.set()
+    await asyncio.gather(held, *waiting)
+    assert read[3:] == ["address 10.0.0.1", "address 10.0.0.2", "address 10.0.0.3"]
+    await receive("address 10.0.0.4")
+    assert callers.calls == 0
+
+
+async def _nothing() -> None:
+    pass
+
+
 def test_any_number_of_callers_takes_a_bounded_table() -> None:
     callers = Callers(CallerLimits(calls_per_second=0.001))
     held = Visit(callers, "held", False)
