@@ -17,11 +17,11 @@ ANYBODY = ""
 _LEAST: Mapping[str, Mapping[str, str]] = {
     "EnvService": {
         "reader": "ListEnvironments ListTasks",
-        "actor": "StartEpisode StepEpisode StepEpisodes ForkEpisode EndEpisode",
+        "actor": "StartEpisode StartEpisodes StepEpisode StepEpisodes ForkEpisode EndEpisode",
     },
     "MemoryService": {
         "reader": "GetReflection ListReflections GetSnapshot ExplainReflection ListChanges",
-        "actor": "AddReflection QueryReflections ReportOutcome",
+        "actor": "AddReflection AddReflections QueryReflections ReportOutcome",
         "trainer": "DeleteReflection ReviseReflection",
         "admin": "EraseReflection",
     },
@@ -45,7 +45,7 @@ _LEAST: Mapping[str, Mapping[str, str]] = {
         ),
     },
     "Health": {ANYBODY: "Check Watch", "reader": "List"},
-    "ServerReflection": {ANYBODY: "ServerReflectionInfo"},
+    "ServerReflection": {"reader": "ServerReflectionInfo"},
 }
 _NEEDED = {
     (service, call): role
