@@ -24,7 +24,9 @@ SEEDS = 5
 _PLANTED_TROUBLES = 3
 # Every answer to them is lost once, so that each is repeated.
 _REPEATED = CallFaults(
-    lost_once=frozenset({"StepEpisodes", "StepEpisode", "AddReflection", "ReportOutcome", "OptimStep"})
+    lost_once=frozenset(
+        {"StepEpisodes", "StepEpisode", "AddReflection", "ReportOutcome", "ForwardBackward", "OptimStep"}
+    )
 )
 
 
