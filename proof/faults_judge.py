@@ -27,7 +27,7 @@ _REPEATED = CallFaults(
     lost_once=frozenset(
         {
             *("StartEpisodes", "StepEpisodes", "StepEpisode", "AddReflection", "AddReflections", "ReportOutcome"),
-            "OptimStep",
+            *("ForwardBackward", "OptimStep"),
         }
     )
 )

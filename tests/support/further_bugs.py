@@ -1,8 +1,6 @@
 """Further bugs for the judge, planted by somebody who had not read it. As those of `planted_bugs`.
 
-It does not find two others: gradients that are added twice (answers of the learner do not show them;
-`tests/contract/trainer/learner/test_service.py` does), and an entry that queries do not find although it is stored
-(it does not know what a strategy has to find; `tests/support/stores.py` does).
+Of what queries find it knows LATEST_SUCCESS alone; `tests/support/stores.py` has the other strategies.
 """
 
 from __future__ import annotations
@@ -10,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from mulligan.common.types import Outcome
 from tests.support.planted_bugs import Patch
@@ -83,6 +83,97 @@ def snapshot_open_to_all(patch: Patch) -> None:
     patch(server, "needed_role", lambda method: None if method.endswith("/GetSnapshot") else needed_role(method))
 
 
+def rewards_stored_wrongly(patch: Patch) -> None:
+    """The memory stores an entry with other rewards, and of another task."""
+
+    def change(request: Any) -> None:
+        origin = request.provenance
+        origin.reward_before, origin.reward_after, origin.success, origin.task_id = 0.0, 0.75, True, "another"
+
+    _stored_otherwise(patch, change)
+
+
+def labels_lost(patch: Patch) -> None:
+    """The memory loses an entry's labels, and where it comes from."""
+
+    def change(request: Any) -> None:
+        request.key, request.kind = "", 2
+        request.ClearField("tags")
+        request.ClearField("source_ids")
+        request.provenance.environment = request.provenance.run_id = "another"
+
+    _stored_otherwise(patch, change)
+
+
+def _stored_otherwise(patch: Patch, change: Callable[[Any], None]) -> None:
+    from mulligan.memory.servicer import MemoryServicer
+
+    add = MemoryServicer.AddReflection
+
+    async def changed(self: Any, request: Any, context: Any) -> Any:
+        change(request)
+        return await add(self, request, context)
+
+    patch(MemoryServicer, "AddReflection", changed)
+
+
+def same_reward_for_every_use(patch: Patch) -> None:
+    """The trainer reports the same reward for every use."""
+    from mulligan.memory.client import MemoryClient
+
+    report = MemoryClient.report
+
+    async def same(self: Any, outcomes: Any) -> Any:
+        return await report(self, [replace(one, reward=0.25) for one in outcomes])
+
+    patch(MemoryClient, "report", same)
+
+
+def evaluation_invented(patch: Patch) -> None:
+    """Evaluations have numbers that nobody measured."""
+    from mulligan.trainer import evaluations
+
+    _evaluated_otherwise(patch, evaluations, success=0.0, mean_reward=-7.0, attempts=99, excluded=0)
+
+
+def evaluation_of_fewer_attempts(patch: Patch) -> None:
+    """Evaluations count their attempts as lost ones."""
+    from mulligan.trainer import evaluations
+
+    _evaluated_otherwise(patch, evaluations, attempts=0, excluded=1)
+
+
+def _evaluated_otherwise(patch: Patch, module: object, **changes: Any) -> None:
+    measure = module.measure  # type: ignore[attr-defined]
+
+    async def other(*arguments: Any, **keywords: Any) -> Any:
+        return msgspec.structs.replace(await measure(*arguments, **keywords), **changes)
+
+    patch(module, "measure", other)
+
+
+def entries_read_twice(patch: Patch) -> None:
+    """A query answers each entry twice."""
+    _found_otherwise(patch, lambda found: found * 2)
+
+
+def entry_hidden_from_queries(patch: Patch) -> None:
+    """The entry that a query should find first is stored, and not found."""
+    _found_otherwise(patch, lambda found: found[1:])
+
+
+def _found_otherwise(patch: Patch, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
+    from mulligan.memory import retrieval, servicer
+
+    retrieve = retrieval.retrieve
+
+    async def changed(query: Any, store: Any) -> Any:
+        found = await retrieve(query, store)
+        return replace(found, reflections=change(tuple(found.reflections)))
+
+    patch(servicer, "retrieve", changed)
+
+
 def gradient_added_twice(patch: Patch) -> None:
     """A call that adds a gradient adds it again when it is asked for again."""
     from mulligan.trainer.learner import servicer
@@ -116,6 +207,13 @@ HAS = {
     "text_cut": "memory",
     "lost_episode_counts_as_cut": "trainer",
     "snapshot_open_to_all": "memory",
+    "rewards_stored_wrongly": "memory",
+    "labels_lost": "memory",
+    "same_reward_for_every_use": "trainer",
+    "evaluation_invented": "trainer",
+    "evaluation_of_fewer_attempts": "trainer",
+    "entries_read_twice": "memory",
+    "entry_hidden_from_queries": "memory",
     "gradient_added_twice": "trainer",
     "table_of_roles_is_too_kind": "policy",
 }

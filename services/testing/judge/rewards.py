@@ -134,6 +134,5 @@ def _check_uses(calls: Sequence[RecordedCall], final: Final) -> Iterator[BrokenR
         wanted = (use.get("use_key", ""), left_out, shown)
         has = (one.experience_id, one.memory_left_out_id, one.memory_entry_ids)
         if has != wanted:
-            yield BrokenRule(
-                RULE, f"the use {one.memory_use_id} is (key, left out, shown) {has}, not {wanted}", (call,)
-            )
+            what = f"use {one.memory_use_id} is recorded with (key, left out, shown) {has}, and was drawn with {wanted}"
+            yield BrokenRule(RULE, what, (call,))

@@ -66,14 +66,18 @@ class Strangers:
         self._chance = chance
         self._pause = pause
         self._ca = ca
+        self._credentials: dict[str, list[str]] = {}  # by call: those that are still to be tried, the last one first
         self.made = 0
 
     async def try_on(self) -> None:
-        """Until it is cancelled."""
+        """Until it is cancelled: each call once, then each again with another credential."""
+        waiting: list[tuple[str, str]] = []
         channels = {address: channel_to(address, self._ca) for address, _ in self._calls}
         try:
             while True:
-                address, method = self._chance.choice(self._calls)
+                if not waiting:
+                    waiting = self._chance.sample(self._calls, len(self._calls))
+                address, method = waiting.pop()
                 await self._try(channels[address], method)
                 await asyncio.sleep(self._pause)
                 method, request = await self._intruders.request(lambda service: channels[self._address[service]])
@@ -85,10 +89,12 @@ class Strangers:
                 await channel.close()
 
     async def _try(self, channel: grpc.aio.Channel, method: str) -> None:
-        tried: list[str] = [role for role in self._tokens if not may(role, method)]
-        if least_role(method) == AccessRole.READER:
-            tried.append(AccessRole.READER)  # it is let in, and changes nothing
-        credential = self._chance.choice([NO_TOKEN, UNKNOWN_TOKEN, *tried])
+        left = self._credentials.setdefault(method, [])
+        if not left:
+            wrong = [NO_TOKEN, UNKNOWN_TOKEN, *(role for role in self._tokens if not may(role, method))]
+            right = [AccessRole.READER] if least_role(method) == AccessRole.READER else []  # it changes nothing
+            left += [*right, *self._chance.sample(wrong, len(wrong))]
+        credential = left.pop()
         token = "no-token-of-anybody" if credential == UNKNOWN_TOKEN else self._tokens.get(credential)  # type: ignore[call-overload]
         await self._call(channel, method, _kinds(method)[0](), credential, bearer(token) if token else None)
 

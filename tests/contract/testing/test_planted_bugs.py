@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mulligan.testing.judge.access import NO_RUN, OTHER_RUN
 from mulligan.testing.judge.intruders import LEARNER, MEMORY
+from mulligan.testing.judge.verdict import judge
 from tests.support import further_bugs, planted_bugs
-from tests.support.judged import patched, short_run, world
+from tests.support.judged import World, patched, short_run, world
+from tests.support.planted_histories import HISTORIES, Recorded
 
 # A bug of each kind that the judge judges; `python -m proof --only faults-judge-planted` has all.
 FOUND_BY = {
@@ -26,26 +30,73 @@ FOUND_BY = {
     "snapshot_open_to_all": "access",
     "credential_of_any_run_counts": "access",
     "learner_without_credential": "access",
+    "table_of_roles_is_too_kind": "access",
+    "rewards_stored_wrongly": "memory",
+    "labels_lost": "memory",
+    "same_reward_for_every_use": "rewards",
+    "evaluation_invented": "evaluations",
+    "evaluation_of_fewer_attempts": "evaluations",
+    "entries_read_twice": "memory",
+    "entry_hidden_from_queries": "memory",
+    "gradient_added_twice": "learner",
 }
 
 
-async def test_a_run_without_a_bug_keeps_every_promise(tmp_path: Path) -> None:
-    async with world(tmp_path) as judged:
-        assert await judged.run(short_run(), lose_episodes=1) == []
-    assert judged.final is not None
-    samples = [one for experience in judged.final.experiences for one in experience.samples]
+# They show when entries are read, which the first step has none of.
+_READING = ("same_reward_for_every_use", "entries_read_twice", "entry_hidden_from_queries")
+_SHORT = (
+    "write_lost",
+    "role_not_checked",
+    "lost_episode_counts_as_cut",
+    "credential_of_any_run_counts",
+    "gradient_added_twice",
+)
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A run without a bug, which kept every promise."""
+
+    async def run() -> World:
+        async with world(tmp_path_factory.mktemp("honest") / "world") as judged:
+            assert await judged.run(short_run(), lose_episodes=1) == []
+        return judged
+
+    return asyncio.run(run())
+
+
+def test_a_run_without_a_bug_keeps_every_promise(honest: World) -> None:
+    assert honest.final is not None
+    samples = [one for experience in honest.final.experiences for one in experience.samples]
     assert sum(one.restarts for one in samples) == 1, "a lost episode was played again"
-    names = {call.name for call in judged.calls}
+    names = {call.name for call in honest.calls}
     assert {"StartEpisodes", "StepEpisodes", "UpdateWeights", "OptimStep", "SaveCheckpoint"} <= names
     assert names & {"AddReflection", "AddReflections"}
-    assert sum(network.happened["lost_answers"] for network in judged.networks) > 10
-    refused = [call for call in judged.calls if call.credential and call.code]
+    assert sum(network.happened["lost_answers"] for network in honest.networks) > 10
+    refused = [call for call in honest.calls if call.credential and call.code]
     assert {call.code for call in refused} >= {"UNAUTHENTICATED", "PERMISSION_DENIED"}
     outside = {(call.credential, call.method.split("/")[1]) for call in refused if call.reason == "RUN_CREDENTIAL"}
     assert outside == {(without, of) for without in (NO_RUN, OTHER_RUN) for of in (MEMORY, LEARNER)}
 
 
-_SHORT = ("write_lost", "role_not_checked", "lost_episode_counts_as_cut", "credential_of_any_run_counts")
+def test_the_judge_has_much_to_look_at(honest: World) -> None:
+    """The rules for what is read and measured are not kept by having nothing to judge."""
+    final = honest.final
+    assert final is not None
+    assert len(final.evaluations) == 2 and all(one.attempts for one in final.evaluations)
+    assert any(one.memory_use_id and one.memory_entry_ids for one in final.experiences)
+    assert {entry.provenance.success for entry in final.entries} == {True}
+    calls = [call for call in honest.calls if call.whole and not call.credential]
+    assert len({call.digest for call in calls if call.name == "ForwardBackward"}) < len(calls) - 1, "some are repeated"
+
+
+@pytest.mark.parametrize("plant", HISTORIES, ids=lambda plant: plant.__name__)
+def test_a_bug_in_a_history_is_found(honest: World, plant: Callable[[Recorded], Recorded]) -> None:
+    """As if a service of that run had had the bug."""
+    assert honest.final is not None
+    recorded = plant(Recorded(honest.calls, honest.final))
+    found = judge(recorded.calls, recorded.final, honest.environments)
+    assert found and {violation.rule for violation in found} == HISTORIES[plant], "\n".join(map(str, found))
 
 
 @pytest.mark.parametrize(
@@ -56,5 +107,5 @@ async def test_a_bug_is_found(tmp_path: Path, bug: str, rule: str) -> None:
     with patched() as patch:
         (planted_bugs.BUGS | further_bugs.BUGS)[bug](patch)
         async with world(tmp_path) as judged:
-            found = await judged.run(short_run(steps=1), lose_episodes=1)
+            found = await judged.run(short_run(steps=2 if bug in _READING else 1), lose_episodes=1)
     assert rule in {violation.rule for violation in found}, "\n".join(map(str, found))
