@@ -10,6 +10,8 @@ from typing import Any
 
 from mulligan.trainer.metric_writers import TrackedRun, require
 
+ADDRESS = "MLFLOW_TRACKING_URI"
+KEYS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 _RUN_ID = "mulligan.run_id"
 _BATCH = 100  # parameters of a call; servers take no more
 _VALUE_CHARACTERS = 500
