@@ -35,6 +35,7 @@ class MlflowWriter:
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
+        os.environ.setdefault("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")  # a server does not choose who gets the metrics
         address = os.environ.get("MLFLOW_TRACKING_URI")
         if not address:
             run.folder.mkdir(parents=True, exist_ok=True)
