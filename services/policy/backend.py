@@ -55,7 +55,7 @@ class BackendSettings(PluginSettings):
         for name, secrets in self.credentials.items():
             for address in self.addresses(name):
                 if problem := userinfo_problem(address):
-                    keys = f"; {', '.join(sorted(secrets))} is for the key" if secrets else ""
+                    keys = f"; {' or '.join(sorted(secrets))} is for the key" if secrets else ""
                     raise bad_setting(name, f"{problem}{keys}")
         return self
 
