@@ -109,6 +109,8 @@ def _part(part: str) -> list[str] | DnsName:
         raise ValueError(f"a part is empty: {_FORMS}")
     if part.startswith("unix:"):
         return [part]
+    if "@" in part:  # a password is not shown
+        raise ValueError(f"an address holds no user and no password: {_FORMS}")
     if part.startswith("dns:"):
         rest = part.removeprefix("dns:")
         if rest.startswith("//") and not rest.startswith("///"):

@@ -30,11 +30,15 @@ from pydantic_settings import (
 
 from mulligan.common.addresses import is_loopback
 from mulligan.common.callers import CallerLimits
+from mulligan.common.http_keys import key_problem, userinfo_problem
 from mulligan.common.secret_flags import has_setting, secret_fields, secrets_among
 from mulligan.common.suggest import did_you_mean, problems
+from mulligan.common.text import bounded
 from mulligan.common.tls import BadTls, ClientTls, read_client_tls
 from mulligan.common.tokens import KnownTokens, TokenFile
 
+_SHOWN = 200  # characters of an address
+_OTLP_INSECURE = ("OTEL_EXPORTER_OTLP_TRACES_INSECURE", "OTEL_EXPORTER_OTLP_INSECURE")
 SERVICES = ("env", "policy", "memory", "trainer")
 
 # gRPC's core writes lines of its own to stderr, past the log and its limits: of each connection to a port with TLS that
@@ -132,10 +136,28 @@ class ServiceSettings(BaseSettings):
             if not is_usable or "@" in self.otlp_endpoint or found.path.strip("/") or found.query or found.fragment:
                 raise ValueError("otlp_endpoint: expected http://HOST:PORT or https://HOST:PORT, nothing else")
         if self.traces_to:
+            if problem := self._otlp_problem:
+                raise ValueError(problem)
             for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
                 if (said := os.environ.get(name, "grpc")) != "grpc":
                     raise ValueError(f"{name}: expected grpc, the protocol of services, not {said}")
         return self
+
+    @property
+    def _otlp_problem(self) -> str:
+        """Why OpenTelemetry must not send what its variables say."""
+        if problem := userinfo_problem(self.traces_to):
+            return f"the collector of traces: {problem}; OTEL_EXPORTER_OTLP_HEADERS is for the key"
+        address = self.traces_to if "://" in self.traces_to else f"http://{self.traces_to}"
+        names = ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
+        headers = next((name for name in names if os.environ.get(name)), "")
+        if not headers or not _is_plain(self.traces_to) or not key_problem(address, insecure=self.insecure):
+            return ""
+        host = bounded(urlsplit(address).netloc, _SHOWN)
+        return (
+            f"{headers}: the headers, which may have a key, would go to {host} without TLS: expected a collector at "
+            "https://, or --insecure"
+        )
 
     @property
     def traces_to(self) -> str:
@@ -250,6 +272,13 @@ class ServiceSettings(BaseSettings):
         except ValueError as error:  # a source that cannot be read as its setting's type
             refuse(cls.service, str(error))
         return loaded
+
+
+def _is_plain(collector: str) -> bool:
+    """Whether OpenTelemetry's exporter sends without TLS."""
+    scheme = collector.partition("://")[0].lower() if "://" in collector else ""
+    said = next(filter(None, map(os.environ.get, _OTLP_INSECURE)), "")
+    return scheme != "https" and (said.lower() == "true" if said else scheme == "http")
 
 
 def read_service_tables(file: Path) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,18 @@ _ENCRYPTED = frozenset({"https", "wss"})
 _SHOWN = 200  # characters of an address
 
 
+def userinfo_problem(url: str) -> str:
+    """Why an address cannot be a setting: it has a user or a password. They would be sent without further ado, and
+    shown wherever the address is. Empty if it has none. A malformed one is for others to refuse."""
+    try:
+        parts = urlsplit(url if "://" in url else f"//{url}")
+    except ValueError:
+        return ""
+    if "@" not in parts.netloc:
+        return ""
+    return f"{bounded(parts.netloc.rpartition('@')[2], _SHOWN)}: expected an address without a user or a password"
+
+
 def key_problem(url: str, *, insecure: bool = False) -> str:
     """Why a key must not go there: others could read it on its way. Empty if it may, or if `insecure` allows it."""
     try:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from mulligan.common.http_keys import key_problem
+from mulligan.common.http_keys import key_problem, userinfo_problem
 from mulligan.common.inference import (
     CanaryProbe,
     Feature,
@@ -24,6 +24,7 @@ from mulligan.common.inference import (
     WeightsKind,
 )
 from mulligan.common.plugins import PluginSettings
+from mulligan.common.suggest import bad_setting
 from mulligan.common.tls import BadTls, HttpsContext, read_client_tls
 from mulligan.policy.chat import Chat
 
@@ -48,6 +49,15 @@ class BackendSettings(PluginSettings):
     in_0_1_0: ClassVar[bool] = False
     after_0_1_0: ClassVar[frozenset[str]] = frozenset()
     reads_files: ClassVar[bool] = True  # False: `model` and `adapters` are names at an endpoint, never files
+
+    @model_validator(mode="after")
+    def _addresses_hold_no_credentials(self) -> Self:
+        for name, secrets in self.credentials.items():
+            for address in self.addresses(name):
+                if problem := userinfo_problem(address):
+                    keys = f"; {' or '.join(sorted(secrets))} is for the key" if secrets else ""
+                    raise bad_setting(name, f"{problem}{keys}")
+        return self
 
     @property
     def setup(self) -> tuple[str, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from mulligan.common.config import ServiceSettings
+from mulligan.common.http_keys import userinfo_problem
 from mulligan.common.plugins import with_tables
 from mulligan.policy.backends import BACKENDS
 from mulligan.policy.model_settings import ModelSettings
@@ -64,6 +65,13 @@ class PolicySettings(ModelSettings, ServiceSettings):
     upload_stall_seconds: float = Field(
         60.0, gt=0, description="An upload of which less than 1 MiB comes within this time is given up."
     )
+
+    @field_validator("allowed_addresses")
+    @classmethod
+    def _hold_no_credentials(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        for problem in filter(None, map(userinfo_problem, addresses)):
+            raise ValueError(problem)
+        return addresses
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

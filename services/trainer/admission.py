@@ -60,13 +60,14 @@ class RunAdmission:
     checks_models: bool = False
     models_folder: Path | None = None
     in_use: NamesInUse | None = None
+    insecure: bool = False  # metric writers may send keys to other machines without TLS
 
     async def check(self, context: Any, run_id: str, settings: RunSettings) -> None:
-        """Raises DomainError INVALID_SETTING for a model in another place or a metric writer that is not there, and
+        """Raises DomainError INVALID_SETTING for a model in another place or a metric writer that cannot be used, and
         RUN_CREDENTIAL for a scope of the memory that is neither the run's own nor one that runs share: the trainer
         would write to it. Where callers need credentials, an id that names what others have is RUN_CREDENTIAL, too: the
         run's credential would be good for that."""
-        check_writers(settings.tracking.writers)
+        check_writers(settings.tracking.writers, insecure=self.insecure)
         source = settings.model.source
         checked = self.checks_models and settings.trains
         if checked and (problem := models.problem_of_place(source, self.models_folder)):

@@ -20,6 +20,7 @@ from mulligan.trainer.learner.settings import LearnerServerSettings
 
 ServerAddress = Annotated[str, AfterValidator(one_server)]
 ServerAddresses = Annotated[str, AfterValidator(lambda text: Addresses.parse(text).text)]
+OptionalAddress = Annotated[str, AfterValidator(lambda text: text and Addresses.parse(text).text)]
 
 
 class TrainerSettings(GuardedSettings):
@@ -49,7 +50,9 @@ class TrainerSettings(GuardedSettings):
         "127.0.0.1:50052", description="The policy service, likewise. New weights go to every server of it."
     )
     memory_address: ServerAddress = Field("127.0.0.1:50053", description="The memory service.")
-    learner_address: str = Field("", description="Another trainer's LearnerService; this process's own when empty.")
+    learner_address: OptionalAddress = Field(
+        "", description="Another trainer's LearnerService; this process's own when empty."
+    )
     env_token_file: ClientTokenFile | None = Field(
         None, description="Its first line is the token that the env service gets: of the role actor."
     )
@@ -165,6 +168,7 @@ class TrainerSettings(GuardedSettings):
             checks_models=own,
             models_folder=self.models_folder,
             in_use=NamesInUse(snapshot, learner_ids, self.checkpoint_folder if own else None),
+            insecure=self.insecure,
         )
 
     def run_credential(self, run_id: str, *scopes: str) -> Callable[[], str] | None:

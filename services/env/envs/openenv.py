@@ -173,6 +173,8 @@ class Session:
         from websockets.exceptions import WebSocketException
         from websockets.sync.client import connect
 
+        from mulligan.env.envs._openenv_connection import Redirected, UnredirectedConnection
+
         settings = self._settings
         token = os.environ.get(settings.token_env, "") if settings.token_env else ""
         try:
@@ -187,10 +189,11 @@ class Session:
                 max_size=_MESSAGE_BYTES,
                 compression=None,
                 proxy=None if is_direct(urlsplit(settings.url).hostname or "") else True,
+                create_connection=UnredirectedConnection,
             )
         except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
             # What the system says of a connection is ours; what came back by it is not.
-            told = str(error) if isinstance(error, OSError) else kept(settings.shown, str(error))
+            told = str(error) if isinstance(error, OSError | Redirected) else kept(settings.shown, str(error))
             raise Faulted(f"no OpenEnv server at {settings.shown}: {type(error).__name__}: {told}") from None
 
     def _read(self, kind: str, raw: str | bytes) -> dict[str, Any]:

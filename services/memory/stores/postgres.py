@@ -29,6 +29,7 @@ from mulligan.common.extras import MissingExtra
 from mulligan.common.row_sums import RowDamage
 from mulligan.memory.store import StoreError, StoreSettings
 from mulligan.memory.stores._sql import writes
+from mulligan.memory.stores._sql.libpq import protected
 from mulligan.memory.stores._sql.migrate import migrate
 from mulligan.memory.stores._sql.store import SqlStore, plain_errors
 from mulligan.memory.stores._sql.sums import with_damage
@@ -51,17 +52,24 @@ class Settings(StoreSettings):
     """Of PostgreSQL."""
 
     connections: int = Field(8, ge=2, le=1000, description="To the database, at most; one is for writes.")
+    insecure: bool = Field(
+        False,
+        description="The password may go to another machine without TLS, over a network in which you trust everybody.",
+    )
 
 
 async def open(location: str, settings: Settings) -> PostgresStore:
     """Connects to `postgresql://USER@HOST:PORT/DATABASE`. What is missing there, such as a password, comes from libpq's
-    environment variables and files. Raises StoreError when the database cannot be used, and MissingExtra."""
+    environment variables and files. With a password, servers on other machines are reached by TLS, and have to show
+    that they are the one. Raises StoreError when the database cannot be used, and MissingExtra."""
     try:
         import pgvector.sqlalchemy  # noqa: F401
         import psycopg  # noqa: F401
     except ImportError as error:
         raise MissingExtra("postgres", error) from error
-    return await asyncio.to_thread(PostgresStore, _url(location), settings, asyncio.get_running_loop())
+    return await asyncio.to_thread(
+        PostgresStore, protected(_url(location), insecure=settings.insecure), settings, asyncio.get_running_loop()
+    )
 
 
 class PostgresStore(SqlStore):

@@ -5,6 +5,11 @@ A module exports
     check() -> None                       # raises MissingExtra where its packages are not installed
     open(run: TrackedRun) -> MetricWriter  # imports what is heavy
 
+and may export
+
+    ADDRESS = "WANDB_BASE_URL"             # the variable with the address of its server
+    KEYS = ("WANDB_API_KEY",)              # the variables with what is sent there, and that others must not read
+
 `tracking.writers` of a run has names of modules here, of entry points of the group `mulligan.metric_writers`, or of
 any importable modules. All calls of a writer come from one thread of its own. So it may wait for a network, and it may
 raise anything: the run does not wait for it.
@@ -15,6 +20,7 @@ trainer's own environment variables, as the writer's library reads them. Files l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +30,7 @@ from typing import Any, Protocol
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.extras import MissingExtra
+from mulligan.common.http_keys import key_problem, userinfo_problem
 from mulligan.common.plugins import Plugins, UnusablePlugin
 
 
@@ -55,15 +62,33 @@ METRIC_WRITERS = Plugins(
 )
 
 
-def check_writers(names: Iterable[str]) -> None:
-    """Raises DomainError INVALID_SETTING for a writer that is unknown or not installed."""
+def check_writers(names: Iterable[str], *, insecure: bool = False) -> None:
+    """Raises DomainError INVALID_SETTING for a writer that is unknown or not installed, or would send its credentials
+    to another machine without TLS; `insecure` allows that."""
     for index, name in enumerate(names):
         field = f"tracking.writers[{index}]"
         try:
-            METRIC_WRITERS.find(name).check()
+            writer = METRIC_WRITERS.find(name)
+            writer.check()
+            if problem := _unprotected(writer, insecure=insecure):
+                raise UnusablePlugin(problem)
         except (UnusablePlugin, MissingExtra) as error:
             said = f"{name!r} {error}" if isinstance(error, MissingExtra) else str(error)
             raise DomainError(Reason.INVALID_SETTING, f"{field}: {said}", field=field) from error
+
+
+def _unprotected(writer: Any, *, insecure: bool) -> str:
+    """Why the credentials of a writer must not go to its server."""
+    variable = getattr(writer, "ADDRESS", "")
+    address = os.environ.get(variable, "") if variable else ""
+    if not address.lower().startswith(("http://", "https://")):
+        return ""
+    keys = getattr(writer, "KEYS", ())
+    if problem := userinfo_problem(address):
+        return f"{variable}: {problem}; {' or '.join(keys)} is for the key"
+    if any(map(os.environ.get, keys)) and (problem := key_problem(address, insecure=insecure)):
+        return f"{variable}: {problem}, or the trainer's setting `insecure`"
+    return ""
 
 
 def require(extra: str, *modules: str) -> None:

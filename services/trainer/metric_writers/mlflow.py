@@ -10,6 +10,8 @@ from typing import Any
 
 from mulligan.trainer.metric_writers import TrackedRun, require
 
+ADDRESS = "MLFLOW_TRACKING_URI"
+KEYS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 _RUN_ID = "mulligan.run_id"
 _BATCH = 100  # parameters of a call; servers take no more
 _VALUE_CHARACTERS = 500
@@ -33,6 +35,7 @@ class MlflowWriter:
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
+        os.environ.setdefault("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")  # a server does not choose who gets the metrics
         address = os.environ.get("MLFLOW_TRACKING_URI")
         if not address:
             run.folder.mkdir(parents=True, exist_ok=True)

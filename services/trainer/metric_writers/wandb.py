@@ -10,6 +10,9 @@ from typing import Any
 
 from mulligan.trainer.metric_writers import TrackedRun, require
 
+ADDRESS = "WANDB_BASE_URL"
+KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+
 
 def check() -> None:
     require("wandb", "wandb")

@@ -4,6 +4,7 @@ SGLang backend and CreateLearner; and what served before serves on."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -231,13 +232,18 @@ async def test_a_policy_does_not_start_on_such_a_folder(folder: Path) -> None:
         await Policies.open(PolicySettings(model=str(folder / "nowhere")))
 
 
-async def test_whatever_a_library_raises_is_told_and_nothing_stops(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+async def test_whatever_a_library_raises_is_told_by_its_type_and_nothing_stops(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """What it says is for the server's log alone."""
     async with serving(models_folder=folder.parent) as served:
         monkeypatch.setattr(transformers_backend, "_Loaded", lambda settings: 1 / 0)
-        with pytest.raises(DomainError, match="mine cannot be opened: ZeroDivisionError: division by zero") as caught:
+        with pytest.raises(DomainError, match="mine cannot be opened: ZeroDivisionError, incident ") as caught:
             await served.client.load_model("actor", str(folder))
+        found = re.search("incident ([0-9a-f]{8}): this server's log has it", caught.value.message)
+        logged = capfd.readouterr().out
+        assert found and found[1] in logged and "division by zero" in logged
+        assert "division by zero" not in caught.value.message
         assert caught.value.reason is Reason.UNSUPPORTED_MODEL
         assert (await served.client.generate([10, 11], SamplingParams(max_tokens=2))).token_ids
 

@@ -377,3 +377,61 @@ def test_a_flag_has_no_password(
     assert "SECRET" not in said
     monkeypatch.setenv("MULLIGAN_MEMORY_DATABASE", f"postgres:{location}")
     assert location in MemorySettings.load([]).database
+
+
+@pytest.mark.parametrize(
+    ("headers", "endpoint", "more", "refused"),
+    [
+        ("OTEL_EXPORTER_OTLP_HEADERS", "http://192.0.2.2:4317", {}, True),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "HTTP://collector:4317", {}, True),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "collector:4317", {"OTEL_EXPORTER_OTLP_INSECURE": "true"}, True),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "collector:4317", {}, False),  # OpenTelemetry takes TLS
+        ("OTEL_EXPORTER_OTLP_HEADERS", "https://192.0.2.2:4317", {"OTEL_EXPORTER_OTLP_INSECURE": "true"}, False),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "http://127.0.0.1:4317", {}, False),
+        ("OTHER_HEADERS", "http://192.0.2.2:4317", {}, False),
+    ],
+)
+def test_headers_for_a_collector_of_traces_go_over_tls(
+    headers: str,
+    endpoint: str,
+    more: dict[str, str],
+    refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in {
+        headers: "authorization=Bearer SECRET",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+        **more,
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert MemorySettings.load(["--insecure"]).traces_to == endpoint
+    if not refused:
+        assert MemorySettings.load([]).traces_to == endpoint
+        return
+    with pytest.raises(SystemExit):
+        MemorySettings.load([])
+    said = capsys.readouterr().err
+    assert f"{headers}: the headers, which may have a key, would go to " in said and "SECRET" not in said
+
+
+def test_the_address_of_a_collector_holds_no_credentials(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://me:SECRET@192.0.2.2:4317")
+    with pytest.raises(SystemExit):
+        MemorySettings.load([])
+    said = capsys.readouterr().err
+    assert "the collector of traces: 192.0.2.2:4317: expected an address without a user or a password" in said
+    assert "SECRET" not in said
+
+
+@pytest.mark.parametrize("setting", ["env_address", "policy_address", "memory_address", "learner_address"])
+def test_no_address_of_a_service_holds_credentials(
+    setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(f"MULLIGAN_TRAINER_{setting.upper()}", "me:SECRET@192.0.2.2:50051")
+    with pytest.raises(SystemExit):
+        TrainerSettings.load([])
+    said = capsys.readouterr().err
+    assert setting in said and "an address holds no user and no password" in said and "SECRET" not in said

@@ -67,7 +67,7 @@ def test_a_policy_whose_key_could_be_read_is_refused(backend: str, setting: str,
     file = tmp_path / "key"
     file.write_text("a-secret\n")
     given_as = [{"api_key": "a-secret"}, {"api_key_file": str(file)}]
-    for key in given_as[:1] if backend == "openai" else given_as:  # it reads no file
+    for key in given_as:
         own: dict[str, Any] = {setting: value} | key
         given = {"backend": backend, "model": "m", backend: own}
         for kind, around, place in (
@@ -85,6 +85,27 @@ def test_a_policy_whose_key_could_be_read_is_refused(backend: str, setting: str,
         assert allowed.own.unprotected() is None
         secure = json.loads(json.dumps(own).replace("http://192", "https://192"))
         assert PolicyModelSettings.model_validate(given | {backend: secure}).own.unprotected() is None
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(("backend", "setting", "value"), SENDS)
+def test_no_address_holds_credentials(backend: str, setting: str, value: object, scheme: str) -> None:
+    """They would be sent as they are, and shown with the address."""
+    bad = json.loads(json.dumps(value).replace("http://192", f"{scheme}://me:a-secret@192"))
+    given = {"backend": backend, "model": "m", backend: {setting: bad}}
+    for kind in (PolicySettings, PolicyModelSettings):
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(given)
+        ((name, problem),) = problems(caught.value, kind).items()
+        assert name == f"{backend}.{setting}" and "a-secret" not in problem
+        assert "192.0.2.7:30000: expected an address without a user or a password; " in problem
+        assert "api_key_file is for the key" in problem
+    options = {f"{backend}.{setting}": json.dumps(bad)}
+    with pytest.raises(DomainError, match="expected an address without a user") as refused:
+        ModelRequest(backend=backend, model="m", options=options).settings(None)
+    assert refused.value.metadata == {"field": f"{backend}.{setting}"} and "a-secret" not in refused.value.message
+    with pytest.raises(ValidationError, match=r"allowed_addresses\n.*192\.0\.2\.7: expected an address without"):
+        PolicySettings.model_validate({"allowed_addresses": [f"{scheme}://me:a-secret@192.0.2.7"]})
 
 
 @pytest.mark.parametrize(("backend", "setting", "value"), SENDS)

@@ -153,6 +153,31 @@ async def test_an_unknown_writer_is_refused_with_the_nearest_name() -> None:
     assert "mlflow, tensorboard, trackio, wandb" in refused.value.message
 
 
+@pytest.mark.parametrize(
+    ("name", "address", "key"),
+    [("mlflow", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN"), ("wandb", "WANDB_BASE_URL", "WANDB_API_KEY")],
+)
+def test_a_writer_sends_its_key_over_tls_alone(
+    name: str, address: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METRIC_WRITERS.find(name), "check", lambda: None)  # installed or not
+    for variable in (*METRIC_WRITERS.find(name).KEYS, address):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(address, "http://192.0.2.2:5000")
+    check_writers([name])
+    monkeypatch.setenv(key, "SECRET")
+    with pytest.raises(DomainError, match=rf"tracking\.writers\[0\]: {address}: the key for http://192\.0\.2\.2:5000"):
+        check_writers([name])
+    check_writers([name], insecure=True)
+    for allowed in ("https://example.org", "http://127.0.0.1:5000"):
+        monkeypatch.setenv(address, allowed)
+        check_writers([name])
+    monkeypatch.setenv(address, "https://me:SECRET@example.org")
+    with pytest.raises(DomainError, match="expected an address without a user or a password") as refused:
+        check_writers([name], insecure=True)
+    assert "SECRET" not in refused.value.message
+
+
 @pytest.mark.parametrize("name", METRIC_WRITERS.built_in)
 def test_a_writer_that_is_not_installed_is_refused_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mulligan.trainer.metric_writers.find_spec", lambda module: None)

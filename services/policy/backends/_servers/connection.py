@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 from pydantic import SecretStr
 
-from mulligan.common.foreign import kept
+from mulligan.common.foreign import is_redirect, kept, redirected
 from mulligan.common.tls import HttpsContext
 from mulligan.common.tracing import headers
 
@@ -82,9 +82,10 @@ class HttpConnection:
                 data=body,
                 headers={**self._headers, **headers()},
                 timeout=_timeout(None, between=timeout),
+                allow_redirects=False,
             ) as response:
                 if response.status != 200:
-                    raise self._failure(response.status, await response.read())
+                    raise self._failure(response, await response.read())
                 buffer = b""
                 async for chunk in response.content.iter_any():
                     *events, buffer = (buffer + chunk).split(b"\n\n")
@@ -100,13 +101,18 @@ class HttpConnection:
     async def _call(self, method: str, path: str, body: bytes | None, own: Mapping[str, str], timeout: float) -> bytes:
         try:
             async with self._session.request(
-                method, f"{self.address}{path}", data=body, headers={**own, **headers()}, timeout=_timeout(timeout)
+                method,
+                f"{self.address}{path}",
+                data=body,
+                headers={**own, **headers()},
+                timeout=_timeout(timeout),
+                allow_redirects=False,
             ) as response:
                 answer = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Unreachable(f"{self.address} does not answer: {error or type(error).__name__}") from error
         if response.status != 200:
-            raise self._failure(response.status, answer)
+            raise self._failure(response, answer)
         return answer
 
     def _decoded(self, answer: bytes) -> dict[str, Any]:
@@ -116,7 +122,10 @@ class HttpConnection:
             raise Unreachable(f"not an answer of {self.engine}: {error}") from error
         return found if isinstance(found, dict) else {}
 
-    def _failure(self, status: int, answer: bytes) -> Exception:
+    def _failure(self, response: aiohttp.ClientResponse, answer: bytes) -> Exception:
+        status = response.status
+        if is_redirect(status):
+            return Unreachable(redirected(self.address, status, response.headers.get("Location", "")))
         message = answer[:_MESSAGE_LENGTH].decode(errors="replace")
         try:
             found = msgspec.json.decode(answer)

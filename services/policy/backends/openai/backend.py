@@ -25,7 +25,7 @@ import openai
 import structlog
 
 from mulligan.common.errors import DomainError, Reason, invalid_field
-from mulligan.common.foreign import kept
+from mulligan.common.foreign import is_redirect, kept, redirected
 from mulligan.common.inference import Feature, ReplicaInfo, VersionSpan, WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.proxies import is_direct
@@ -79,7 +79,10 @@ def _http_client(settings: Settings, host: str) -> openai.DefaultAsyncHttpxClien
             https.refresh()
 
     return openai.DefaultAsyncHttpxClient(
-        trust_env=not is_direct(host), verify=https.context if https else True, event_hooks={"request": [asks]}
+        trust_env=not is_direct(host),
+        verify=https.context if https else True,
+        event_hooks={"request": [asks]},
+        follow_redirects=False,  # prompts go to the address of the settings alone
     )
 
 
@@ -133,6 +136,8 @@ class ChatEndpoint:
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
                 return _refuses_credential(self.address, error.status_code)
+            if is_redirect(error.status_code):
+                return self._redirected(error)
             if error.status_code >= 500 or error.status_code == 429:
                 raise
             return ""  # it lists no models
@@ -195,6 +200,8 @@ class ChatEndpoint:
         status = _status(error)
         if status in (401, 403):
             return _unavailable(_refuses_credential(self.address, status), _RETRY_AFTER)
+        if is_redirect(status) and isinstance(error, openai.APIStatusError):
+            return _unavailable(self._redirected(error), _RETRY_AFTER)
         told = f"HTTP {status or 200}, {self._kept(_said(error))}"
         if status == 404:
             return _unavailable(f"{self.address}: {told}", _RETRY_AFTER)
@@ -209,6 +216,9 @@ class ChatEndpoint:
             )
         parameter = error.param if error.param in REQUEST_FIELDS else "request"
         return invalid_field(parameter, f"what {self.address} takes, which refuses it: {told}")
+
+    def _redirected(self, error: openai.APIStatusError) -> str:
+        return redirected(self.address, error.status_code, error.response.headers.get("location", ""))
 
     def _kept(self, said: str) -> str:
         return kept(self.address, said, self._key)

@@ -207,8 +207,8 @@ async def test_a_credential_of_the_environment_or_in_the_address_stays_secret(mo
         monkeypatch.setenv(name, "ambient-secret")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer ambient-secret")
     async with scripted(lambda asked: Reply("no list", 404) if asked.method == "GET" else answer()) as endpoint:
-        address = endpoint.address.replace("://", "://user:hidden@")
-        async with backend(endpoint, openai={"base_url": f"{address}?key=hidden", "api_key": None}) as opened:
+        own = {"base_url": f"{endpoint.address}?key=hidden", "api_key": None}
+        async with backend(endpoint, openai=own) as opened:
             await opened.generate(asks())
             assert opened.replicas[0].info.address == endpoint.address
     sent = [f"{name}: {value}" for asked in endpoint.asked for name, value in asked.headers.items()]
