@@ -17,11 +17,11 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
-    start_http_server,
 )
 from prometheus_client.registry import Collector
 
 from mulligan.common.config import ServiceSettings
+from mulligan.common.metrics_server import MetricsServer
 
 log = structlog.get_logger()
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, with the time of its first count
@@ -104,7 +104,7 @@ def exported(settings: ServiceSettings) -> Iterator[None]:
         yield
         return
     try:
-        server, thread = start_http_server(settings.metrics_port, addr=settings.host, registry=REGISTRY)
+        server = MetricsServer(settings.host, settings.metrics_port, REGISTRY)
     except OSError as error:
         address = f"{settings.host}:{settings.metrics_port}"
         raise OSError(f"metrics_port: cannot listen on {address}: {error}") from error
@@ -112,6 +112,4 @@ def exported(settings: ServiceSettings) -> Iterator[None]:
     try:
         yield
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server.close()

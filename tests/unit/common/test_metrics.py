@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import select
 import socket
+import time
 from collections.abc import Iterator
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from mulligan.common.config import ServiceSettings
 from mulligan.common.metrics import REGISTRY, BoundedNames, MethodMetrics, exported
+from mulligan.common.metrics_server import SECONDS, MetricsServer
 from tests.support.metrics import sample
 
 
@@ -53,6 +59,53 @@ def test_the_bounds_are_grpcs() -> None:
 def test_names_beyond_the_limit_share_a_label() -> None:
     names = BoundedNames(most=2)
     assert [names.label(name) for name in ("a", "b", "c", "d", "a")] == ["a", "b", "other", "other", "a"]
+
+
+class Broken(Collector):
+    def collect(self) -> Iterator[Metric]:
+        raise RuntimeError("planted")
+        yield
+
+
+def test_a_collector_that_fails_is_an_error_of_the_request() -> None:
+    registry = CollectorRegistry()
+    registry.register(Broken())
+    server = MetricsServer("127.0.0.1", 0, registry)
+    try:
+        for _ in range(2):
+            with pytest.raises(HTTPError, match="500"):
+                urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=10)
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", "localhost"])
+def test_it_listens_at_other_addresses(host: str) -> None:
+    server = MetricsServer(host, 0, REGISTRY)
+    try:
+        written = f"[{host.strip('[]')}]" if ":" in host else host
+        with urlopen(f"http://{written}:{server.server_port}/metrics", timeout=10) as response:
+            assert b"process_open_fds" in response.read()
+    finally:
+        server.close()
+
+
+def test_a_caller_that_does_not_read_ends() -> None:
+    registry = CollectorRegistry()
+    gauge = Gauge("large", "Many series.", ["name"], registry=registry)
+    for number in range(50_000):
+        gauge.labels("x" * 100 + str(number)).set(number)
+    server = MetricsServer("127.0.0.1", 0, registry)
+    begun = time.monotonic()
+    with socket.create_connection(("127.0.0.1", server.server_port)) as one:
+        one.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        while one not in select.select([one], [], [], 0.1)[0]:
+            pass
+        while server.connections:
+            assert time.monotonic() < begun + SECONDS + 30
+            time.sleep(0.05)
+    assert time.monotonic() > begun + SECONDS - 1
+    server.close()
 
 
 def test_no_port_no_server() -> None:
