@@ -40,16 +40,16 @@ async def several(game: Game) -> list[pb.StartEpisodeRequest]:
 @suite.check("StartEpisodes", "items come in the order of the request, each with its episode or its error")
 async def in_order(game: Game) -> None:
     starts = await several(game)
-    starts.insert(1, game.start_request(f"no-such-task-{uuid4()}"))
-    starts.append(game.start_request(starts[0].task_id))
-    starts[-1].environment = f"no-such-environment-{uuid4()}"
+    for place in (1, len(starts) + 1):
+        starts.insert(place, game.start_request(starts[0].task_id))
+        starts[place].environment = f"no-such-environment-{uuid4()}"
     items = await started(game, starts)
     expected = ["episode", "error", *["episode"] * (_STARTED - 1), "error"]
     kinds = [item.WhichOneof("result") for item in items]
     demand(kinds == expected, f"{expected}", kinds, pb.StartEpisodesRequest(starts=starts))
-    for item, reason in ((items[1], "UNKNOWN_TASK"), (items[-1], "UNKNOWN_ENVIRONMENT")):
-        right = (item.error.code, item.error.reason) == (code_pb2.NOT_FOUND, reason)
-        demand(right, f"an error with code {code_pb2.NOT_FOUND} (NOT_FOUND) and reason {reason}", item.error)
+    for item in (items[1], items[-1]):
+        right = (item.error.code, item.error.reason) == (code_pb2.NOT_FOUND, "UNKNOWN_ENVIRONMENT")
+        demand(right, f"an error with code {code_pb2.NOT_FOUND} (NOT_FOUND) and reason UNKNOWN_ENVIRONMENT", item.error)
     await game.place(game.start_request(starts[0].task_id, starts[1].episode_id))
 
 
