@@ -13,11 +13,14 @@ removes.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -32,6 +35,7 @@ _CHECKSUM = re.compile(rb',\s*"crc32":\s*"([0-9a-f]{8})"\s*\}')
 _LAST = re.compile(_CHECKSUM.pattern + rb"\Z")
 _LAST_LENGTH = 64  # bytes at most, unless somebody indented it far
 _BEGIN = re.compile(rb'\{\s*"')
+_LARGEST = 128 * 2**20  # bytes of a document: twice the largest message
 _EDITED = "If you changed it by hand, remove the member crc32 and the comma before it."
 
 
@@ -52,7 +56,7 @@ def read_document(path: Path, kind: type[T], advice: str) -> T:
     """Raises FileNotFoundError or NotADirectoryError where there is none, and DomainError STATE_DAMAGED, metadata
     `file`, whose message has the advice: what is lost and what to do."""
     try:
-        return _decoded(path.read_bytes().strip(), kind)
+        return _decoded(_content(path, _LARGEST).strip(), kind)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
@@ -63,6 +67,14 @@ def read_document(path: Path, kind: type[T], advice: str) -> T:
 
 def state_damaged(path: Path, message: str) -> DomainError:
     return DomainError(Reason.STATE_DAMAGED, message, file=path)
+
+
+def in_utc(time: datetime) -> datetime:
+    """The time in UTC, which one without a zone is in. Raises ValueError where there is none."""
+    try:
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"{time.isoformat()} is no time in UTC") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +154,7 @@ class LineLog(Generic[T]):
 
     def _content(self, begin: int = 0) -> bytes:
         try:
-            with self.path.open("rb") as file:
-                file.seek(begin)
-                return file.read()
+            return _content(self.path, begin=begin)
         except FileNotFoundError:
             return b""
         except OSError as error:
@@ -187,6 +197,23 @@ class LineLog(Generic[T]):
 class _Piece(Generic[T]):
     value: T
     end: int  # in the file
+
+
+def _content(path: Path, largest: int | None = None, begin: int = 0) -> bytes:
+    """What a file has from byte `begin` on. What is no file, such as a pipe, is not waited for. Raises OSError, and
+    _Unreadable where it has more than `largest` bytes."""
+    with open(path, "rb", opener=_without_waiting) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no file", str(path))
+        if largest is not None and found.st_size > largest:
+            raise _Unreadable(f"it has {found.st_size:,} bytes, and at most {largest:,} are read")
+        file.seek(begin)
+        return file.read()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _with_checksum(text: bytes) -> bytes:

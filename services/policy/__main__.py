@@ -26,6 +26,8 @@ def main() -> None:
             policies = await Policies.open(settings)
         except ExceptionGroup as failed:
             refuse(settings.service, *map(str, failed.exceptions))
+        except OSError as error:
+            refuse(settings.service, str(error))
         try:
             with collected(policies):
                 await serve(

@@ -11,7 +11,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import structlog
 from prometheus_client.core import Metric
@@ -19,6 +19,8 @@ from prometheus_client.registry import Collector
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.file_lock import lock_file
+from mulligan.common.files import make_folder
 from mulligan.common.inference import (
     CallOptions,
     Completion,
@@ -71,6 +73,7 @@ class Policies(Collector):
         self._policies: dict[str, Policy] = {}
         self._settles = Broadcast()  # woken when a policy is not opening or closing any more
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._lock = _lock(settings.state_folder) if settings.state_folder else None
         uploads = settings.state_folder / "uploads" if settings.state_folder else None
         self.uploads = Uploads(
             uploads,
@@ -166,6 +169,8 @@ class Policies(Collector):
         self._policies.clear()
         results = await asyncio.gather(*(policy.close() for policy in policies), return_exceptions=True)
         self.uploads.close()
+        if self._lock is not None:
+            self._lock.close()
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -335,3 +340,15 @@ class Policies(Collector):
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # its caller may be gone: then nobody else would look
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    """Keeps other services out of a state folder, whatever their policies are called. Raises OSError."""
+    try:
+        make_folder(folder)
+        return lock_file(folder / "lock")
+    except BlockingIOError:
+        message = f"{folder} is in use by another policy service: give each service a folder of its own"
+        raise OSError(f"state_folder: {message}") from None
+    except OSError as error:
+        raise OSError(f"state_folder: cannot use {folder}: {error}") from error

@@ -58,7 +58,7 @@ def write_run(
     """A completed run. In each group all rollouts but the first fail at first."""
     folder = RunFolder(root / run)
     folder.create(run, RunSettings.model_validate(SETTINGS))
-    events: list[Event] = [StateEvent("running"), EvaluationEvent(0, 0.3, 0.3, 100, 0)]
+    events: list[Event] = [StateEvent(RunState.RUNNING), EvaluationEvent(0, 0.3, 0.3, 100, 0)]
     for step in range(steps):
         write_step(folder, run, step, groups=groups, rollouts=rollouts, says=says)
         metrics = {
@@ -68,7 +68,7 @@ def write_run(
             "seconds": 2.0,
         }
         events.append(StepEvent(step, metrics))
-    write_events(folder, [*events, EvaluationEvent(steps, 0.8, 0.8, 100, 0), StateEvent("completed")])
+    write_events(folder, [*events, EvaluationEvent(steps, 0.8, 0.8, 100, 0), StateEvent(RunState.COMPLETED)])
     folder.write_record(folder.record().now(RunState.COMPLETED))
     return folder
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from mulligan.common.channel import Connection, Endpoint
-from mulligan.common.errors import CallFailed
+from mulligan.common.errors import CallFailed, DomainError
 from mulligan.common.experience import Experience
 from mulligan.common.experience_wire import experience_from_proto
 from mulligan.common.tokens import is_sendable
@@ -86,7 +86,7 @@ class RunClient:
         return await self._connection.list_items(
             self._stub.ListRuns,
             pb.ListRunsRequest(),
-            lambda page: [_info(run) for run in page.runs],
+            lambda page: [_listed(run) for run in page.runs],
             timeout=CALL_SECONDS,
         )
 
@@ -206,12 +206,21 @@ def _activity(message: pb.RunActivity) -> Activity:
     return Activity(message.doing, message.done, message.total, message.seconds)
 
 
-def _info(run: pb.Run) -> RunInfo:
+def _listed(run: pb.Run) -> RunInfo:
+    """Of a list: settings that cannot be read here hide no other run."""
+    try:
+        return _info(run)
+    except DomainError as error:
+        run.error = run.error or f"its settings cannot be read here: {error.message}"
+        return _info(run, RunSettings(environment="(unknown)"))
+
+
+def _info(run: pb.Run, settings: RunSettings | None = None) -> RunInfo:
     return RunInfo(
         run_id=run.run_id,
         state=state_from_proto(run.state),
         error=run.error,
-        settings=foreign_from_proto(run.config),
+        settings=settings or foreign_from_proto(run.config),
         step=run.step,
         created_at=run.created_at.ToDatetime(),
         train_seconds=run.train_seconds,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import structlog
 
 from mulligan.common.errors import DomainError
-from mulligan.common.state_files import LineLog
+from mulligan.common.state_files import LineLog, in_utc
 from mulligan.common.tasks import Broadcast
+from mulligan.trainer.folder import Count, RunState
 
 log = structlog.get_logger()
 
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
 else:
     Metrics = dict[str, float | None]  # in the file; JSON has null for a number that is not finite
 
+Number = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+
 
 class StepEvent(msgspec.Struct, frozen=True, tag="step"):
     """A metric that is not finite, such as an infinite gradient norm, is NaN when it is read from the file."""
 
-    step: int
+    step: Count
     metrics: Metrics
 
     def __post_init__(self) -> None:
@@ -35,11 +39,11 @@ class StepEvent(msgspec.Struct, frozen=True, tag="step"):
 
 
 class EvaluationEvent(msgspec.Struct, frozen=True, tag="evaluation"):
-    step: int  # steps trained before it
+    step: Count  # steps trained before it
     success: float
     mean_reward: float
-    attempts: int
-    excluded: int
+    attempts: Count
+    excluded: Count
     metrics: Metrics = {}  # of the protocols, by LABEL/METRIC
     environment: str = ""  # empty: the run's own
 
@@ -53,7 +57,7 @@ def _fill_in(metrics: Metrics) -> None:
 
 
 class StateEvent(msgspec.Struct, frozen=True, tag="state"):
-    state: str
+    state: RunState
     error: str = ""
 
 
@@ -65,9 +69,12 @@ Event = StepEvent | EvaluationEvent | StateEvent | NoticeEvent
 
 
 class Entry(msgspec.Struct, frozen=True):
-    number: int
+    number: Number
     time: datetime
     event: Event
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "time", in_utc(self.time))
 
 
 class EventLog:
@@ -82,11 +89,12 @@ class EventLog:
         self._lines = LineLog(path, Entry)
         self.entries, damaged = self._lines.read()
         self.damage = [f"{line}: its event is lost" for line in damaged]
-        last = self.entries[-1].number if self.entries else 0
-        if missing := sorted(set(range(1, last)).difference(entry.number for entry in self.entries)):
-            self.damage.append(f"events that {path} lacks: {', '.join(map(str, missing))}")
+        numbers = sorted(entry.number for entry in self.entries)
+        if missing := ", ".join(_missing(numbers)):
+            self.damage.append(f"events that {path} lacks: {missing}")
         for text in self.damage:
             log.warning("damaged events", text=text)
+        last = numbers[-1] if numbers else 0
         self._next = max(last, len(self.entries) + len(damaged)) + 1  # a watcher may have seen those after the last one
         self._written = len(self.entries)
         self._changed = Broadcast()
@@ -141,3 +149,10 @@ class EventLog:
         """Those in one environment, by step; the run's own without a name."""
         found = (entry.event for entry in self.entries if isinstance(entry.event, EvaluationEvent))
         return {event.step: event for event in found if event.environment == environment}
+
+
+def _missing(numbers: Sequence[int]) -> Iterator[str]:
+    """What lies between 0 and these numbers, which ascend: `2, 3, 7 to 99`."""
+    for before, number in pairwise((0, *numbers)):
+        between = range(before + 1, number)
+        yield from map(str, between) if len(between) < 3 else [f"{between[0]} to {between[-1]}"]

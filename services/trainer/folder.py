@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from pydantic import ValidationError
@@ -20,9 +20,10 @@ from pydantic import ValidationError
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.files import make_folder, replace
-from mulligan.common.state_files import read_document, write_document
+from mulligan.common.state_files import in_utc, read_document, state_damaged, write_document
 from mulligan.common.suggest import problems
 from mulligan.trainer.fingerprint import Fingerprint
+from mulligan.trainer.foreign import FAILURES
 from mulligan.trainer.settings import RunSettings
 
 _ADVICE_RUN = (
@@ -37,6 +38,9 @@ _ADVICE_ENVIRONMENT = (
     "The run compares the environment with it: put a copy of the file back and resume the run; or remove the file, and "
     "the run goes on in the environment as it is now."
 )
+# Numbers as the contract has them: a file with another one is damaged.
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Version = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _DEPTH = 4  # folders below the one that is looked through, in which a run may lie
 _SKIPPED = {"journal", "weights", "checkpoints", "policy", "logs", "node_modules"}
 
@@ -55,6 +59,9 @@ class RunRecord(msgspec.Struct, frozen=True):
     settings: dict[str, Any]  # of RunSettings, defaults filled in
     error: str = ""
 
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "created_at", in_utc(self.created_at))
+
     def now(self, state: RunState, error: str = "") -> RunRecord:
         return RunRecord(self.run_id, state, self.created_at, self.settings, error)
 
@@ -64,8 +71,12 @@ class Checkpoint(msgspec.Struct, frozen=True):
     `memory_version` is the memory's version after the step. Seeds and the order of tasks derive from `step`."""
 
     name: str
-    step: int
-    memory_version: int
+    step: Count
+    memory_version: Version
+
+    def __post_init__(self) -> None:
+        if not self.name.endswith(end := f"-{self.step:06}"):
+            raise ValueError(f"name: expected one that ends in {end!r}, because `step` is {self.step}")
 
 
 class RunFolder:
@@ -80,7 +91,7 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        return (self.path / "run.json").exists()
+        return os.path.lexists(self.path / "run.json")
 
     def create(self, run_id: str, settings: RunSettings, created_at: datetime | None = None) -> None:
         """Writes run.json. A folder without it is no run. Raises DomainError DISK_FULL."""
@@ -90,17 +101,25 @@ class RunFolder:
         self.write_record(RunRecord(run_id, RunState.RUNNING, created_at, settings.model_dump(mode="json")))
 
     def record(self) -> RunRecord:
-        return read_document(self.path / "run.json", RunRecord, _ADVICE_RUN)
+        path = self.path / "run.json"
+        try:
+            return read_document(path, RunRecord, _ADVICE_RUN)
+        except FileNotFoundError:
+            if not path.is_symlink():
+                raise
+            raise state_damaged(path, f"{path} is a link to a file that is not there. {_ADVICE_RUN}") from None
 
     def settings(self) -> RunSettings:
-        """Raises DomainError INVALID_SETTING, where a plug-in that they name is no longer there."""
+        """Raises DomainError INVALID_SETTING, where a plug-in that they name is no longer there, or they are none."""
         record = self.record()
         try:
             return RunSettings.model_validate(record.settings)
         except ValidationError as error:
             field, said = next(iter(problems(error, RunSettings).items()))
-            message = f"the settings of run {record.run_id} cannot be read here: {field}: {said}"
-            raise DomainError(Reason.INVALID_SETTING, message, field=field, run_id=record.run_id) from None
+        except FAILURES as error:  # of a plug-in, which reads its own
+            field, said = "settings", f"{type(error).__name__}: {error}"
+        message = f"the settings of run {record.run_id} cannot be read here: {field}: {said}"
+        raise DomainError(Reason.INVALID_SETTING, message, field=field, run_id=record.run_id)
 
     def write_record(self, record: RunRecord) -> None:
         write_document(self.path / "run.json", record)

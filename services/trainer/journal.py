@@ -28,6 +28,7 @@ import structlog
 from mulligan.common.disk import writing_to
 from mulligan.common.experience import Experience, Sample, Trained, TrainingTarget
 from mulligan.common.files import append, move, sync
+from mulligan.common.state_files import state_damaged
 from mulligan.trainer.old_journal import AttemptSampled, OldExperience, ReflectionSampled, with_parents
 
 log = structlog.get_logger()
@@ -124,12 +125,16 @@ _HEADER = re.compile(rb"\x92([\x00-\x7f]|\xcc.|\xcd..|\xce....)(\xc4.|\xc5..|\xc
 _ANY_HEADER = re.compile(rb"(?=%s)" % _HEADER.pattern, re.DOTALL)
 
 
+_FILE = re.compile(r"(0[0-9]{5}|[1-9][0-9]{5,9})\.msgpack")
+
+
 def journal_file(folder: Path, step: int) -> Path:
     return folder / f"{step:06}.msgpack"
 
 
 def journaled_steps(folder: Path) -> list[int]:
-    return sorted(int(path.stem) for path in folder.glob("*.msgpack"))
+    """Of files with other names, such as copies, nothing is known."""
+    return sorted(int(found[1]) for path in folder.glob("*.msgpack") if (found := _FILE.fullmatch(path.name)))
 
 
 def set_aside(folder: Path, step: int) -> None:
@@ -435,8 +440,14 @@ def _read(
             if found is None:
                 return
             tell(Damage(path, begin, end))
+        begin = end
         payload, end = found
-        yield _DECODER.decode(payload), end
+        try:
+            record = _DECODER.decode(payload)
+        except (msgspec.MsgspecError, RecursionError) as error:  # its checksum is right
+            what = f"bytes {begin} to {end} of {path} are no record that this release knows"
+            raise state_damaged(path, f"{what}: {error}") from error
+        yield record, end
 
 
 def _payload(content: bytes, begin: int) -> tuple[bytes, int] | None:

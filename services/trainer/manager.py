@@ -17,6 +17,7 @@ from cachetools import LRUCache
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import make_folder
+from mulligan.common.state_files import state_damaged
 from mulligan.common.tasks import cancel, is_asked_to_end, to_its_end
 from mulligan.common.tracing import untraced
 from mulligan.common.types import Split
@@ -35,9 +36,11 @@ from mulligan.trainer.run_metrics import run_ended
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from mulligan.trainer.trainable import prompt_notices
+from mulligan.trainer.wire import settings_to_proto
 
 log = structlog.get_logger()
 _RECENT_EVENTS = 200_000  # of runs that are kept in memory; one has a few kilobytes
+_NO_CLOCK = datetime(3000, 1, 1, tzinfo=UTC)  # a later time is a damaged one
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -65,6 +68,7 @@ class RunManager:
         self._recent: LRUCache[str, Run] = LRUCache(_RECENT_EVENTS, getsizeof=_size)  # those to keep though nobody does
         self._unwritten: dict[str, RunRecord] = {}  # final states that could not be written yet
         self._unsynced: dict[str, Run] = {}  # their runs, as far as they were open, with events that may not be either
+        self._strange: set[str] = set()  # folders that cannot be runs, of which the log has told
         self._resuming = asyncio.Lock()
         self._active: asyncio.Task[None] | None = None
         self._active_id = ""
@@ -80,27 +84,44 @@ class RunManager:
         for run_id in self.run_ids():
             try:
                 state = self.record(run_id).state
-            except DomainError as error:
-                log.error("a run cannot be read", run_id=run_id, error=str(error))
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with a run, the others go on
+                log.error("a run cannot be read", run_id=run_id, error=_said(error))
                 continue
             if state is RunState.RUNNING and self._active is None:
                 log.info("going on with a run", run_id=run_id)
                 try:
                     self._drive(self._open(run_id))
-                except DomainError as error:
+                except Exception as error:  # noqa: BLE001
                     self._fail(run_id, error)
 
-    def _fail(self, run_id: str, error: DomainError) -> None:
+    def _fail(self, run_id: str, error: Exception) -> None:
         """Writes that a run cannot go on, which is not even open."""
-        log.error("a run cannot go on", run_id=run_id, error=str(error))
-        self._unwritten[run_id] = self.record(run_id).now(RunState.FAILED, str(error))
+        log.error("a run cannot go on", run_id=run_id, error=_said(error))
+        self._unwritten[run_id] = self.record(run_id).now(RunState.FAILED, _said(error))
         self._write_down(run_id)
 
     def run_ids(self) -> list[str]:
         """Newest first."""
-        found = {path.parent.name for path in self._folder.glob("*/run.json")} | self._unwritten.keys()
+        found = self._on_disk() | self._unwritten.keys()
         found |= {self._active_id} if self._is_active(self._active_id) else set()
         return sorted(found, key=lambda run_id: (self._created(run_id), run_id), reverse=True)
+
+    def _on_disk(self) -> set[str]:
+        """The folders that are runs: those that are called as a run may be. Of others the log tells once."""
+        try:
+            names = sorted(os.listdir(self._folder))
+        except FileNotFoundError:
+            names = []
+        found = set()
+        for name in names:
+            if not RunFolder(self._folder / name).exists:
+                continue
+            if _RUN_ID.fullmatch(name):
+                found.add(name)
+            elif name not in self._strange:
+                self._strange.add(name)
+                log.warning("a folder is no run, because no run can have its name", folder=str(self._folder / name))
+        return found
 
     def record(self, run_id: str) -> RunRecord:
         """Raises UNKNOWN_RUN and STATE_DAMAGED."""
@@ -108,7 +129,7 @@ class RunManager:
             return self._runs[run_id].record.now(RunState.RUNNING)
         if run_id in self._unwritten:
             self._write_down(run_id)
-        return self._unwritten.get(run_id) or self._run_folder(run_id).record()
+        return self._unwritten.get(run_id) or _own_record(self._run_folder(run_id))
 
     def run(self, run_id: str) -> Run:
         """Raises UNKNOWN_RUN, STATE_DAMAGED, and INVALID_SETTING where a plug-in of its settings is no longer there."""
@@ -132,6 +153,7 @@ class RunManager:
         check_run_id(run_id)
         folder = RunFolder(self._folder / run_id)
         if folder.exists:
+            _own_record(folder)
             if folder.settings() != settings:
                 raise DomainError(Reason.RUN_CONFLICT, f"run {run_id} exists with other settings")
             return self.run(run_id)
@@ -274,7 +296,10 @@ class RunManager:
     def _open(self, run_id: str) -> Run:
         known = self._runs.get(run_id)
         events = known.events if known else None
-        run = Run(run_id, RunFolder(self._folder / run_id), self._services, events)
+        folder = RunFolder(self._folder / run_id)
+        _own_record(folder)
+        run = Run(run_id, folder, self._services, events)
+        settings_to_proto(run.settings)  # of a changed file: numbers that no caller could have sent
         self._runs[run_id] = self._recent[run_id] = run
         return run
 
@@ -329,18 +354,34 @@ class RunManager:
                 self._unsynced.pop(run_id, None)
 
     def _created(self, run_id: str) -> datetime:
-        """Of a run that cannot be read, a time before all others."""
-        try:
-            return self.record(run_id).created_at
-        except DomainError as error:
-            if error.reason is not Reason.STATE_DAMAGED:
-                raise
-            return datetime.fromtimestamp(0, UTC)
+        """Of a run that cannot be read, or that no clock can have been at, a time before all others."""
+        with contextlib.suppress(Exception):  # the list of runs tells what is wrong, and needs this one's place
+            if (created := self.record(run_id).created_at) < _NO_CLOCK:
+                return created
+        return datetime.fromtimestamp(0, UTC)
 
     def _now(self) -> datetime:
         """The time, but later than the start of every other run, even if the clock was set back."""
         others = [self._created(run_id) for run_id in self.run_ids()[:1]]
         return max([datetime.now(UTC), *(other + timedelta(microseconds=1) for other in others)])
+
+
+def _own_record(folder: RunFolder) -> RunRecord:
+    """Raises STATE_DAMAGED, also for the record of another run: of a folder that was copied. Two would write to one
+    learner and one scope of the memory."""
+    record = folder.record()
+    if record.run_id != folder.path.name:
+        path = folder.path / "run.json"
+        raise state_damaged(
+            path,
+            f"{path} is of the run {record.run_id!r}, and its folder is called {folder.path.name!r}: a copied folder "
+            "is no run of its own. Move it away, or call it as the run is called. Other runs are not affected.",
+        )
+    return record
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, DomainError) else f"{type(error).__name__}: {error}"
 
 
 def _size(run: Run) -> int:

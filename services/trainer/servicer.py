@@ -9,10 +9,12 @@ from dataclasses import asdict
 from typing import Any
 
 import grpc
+import structlog
 
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable, invalid_field
 from mulligan.common.experience_wire import experience_to_proto
 from mulligan.common.tasks import cancel
+from mulligan.common.text import bounded
 from mulligan.trainer.activity import Activity
 from mulligan.trainer.admission import RunAdmission
 from mulligan.trainer.folder import RunState
@@ -35,8 +37,11 @@ from mulligan.trainer.wire import (
 )
 
 Context = Any
+log = structlog.get_logger()
 _UNKNOWN = run_config_pb2.RunConfig(environment="(unknown)")  # of a run whose run.json is damaged
-_PAGE_BYTES = 32 * 2**20  # of experiences: half of the largest message
+_PAGE_BYTES = 32 * 2**20  # of experiences, and of runs: half of the largest message
+_LISTED_BYTES = 2**20  # of a run in a list; of one with more, its settings are left out
+_ERROR_CHARACTERS = 2**16
 _PAGE_TOKEN_LIMIT = 40  # characters: two numbers of 64 bits
 
 
@@ -75,12 +80,16 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
             if request.page_token not in run_ids:
                 raise _bad_page_token()
             start = run_ids.index(request.page_token) + 1
-        page = run_ids[start : start + (request.page_size or 100)]
-        more = bool(page) and page[-1] != run_ids[-1]
-        return pb.ListRunsResponse(
-            runs=[self._listed(run_id) for run_id in page],
-            next_page_token=page[-1] if more else "",
-        )
+        runs: list[pb.Run] = []
+        filled = 0  # bytes
+        for run_id in run_ids[start : start + (request.page_size or 100)]:
+            listed = self._listed(run_id)
+            filled += listed.ByteSize()
+            if runs and filled > _PAGE_BYTES:
+                break
+            runs.append(listed)
+        more = bool(runs) and runs[-1].run_id != run_ids[-1]
+        return pb.ListRunsResponse(runs=runs, next_page_token=runs[-1].run_id if more else "")
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         run = self._manager.run(request.run_id)
@@ -176,20 +185,32 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
     def _listed(self, run_id: str) -> pb.Run:
         """A run in a list. One that cannot be read stands there with the reason, and hides no other."""
         try:
-            return self._message(self._manager.run(run_id))
-        except DomainError as error:
-            if error.reason not in (Reason.INVALID_SETTING, Reason.STATE_DAMAGED):
-                raise
-            found = pb.Run(run_id=run_id, error=str(error), state=pb.RUN_STATE_FAILED, config=_UNKNOWN)
-        with contextlib.suppress(DomainError):
+            found = self._message(self._manager.run(run_id))
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a run, the others are listed
+            return self._unreadable(run_id, error)
+        if found.ByteSize() > _LISTED_BYTES:
+            found.config.CopyFrom(_UNKNOWN)
+        return found
+
+    def _unreadable(self, run_id: str, error: Exception) -> pb.Run:
+        """With the state and the settings of its record, as far as that can be read."""
+        if not isinstance(error, DomainError):
+            log.error("a run cannot be read", run_id=run_id, exc_info=error)
+        said = str(error) if isinstance(error, DomainError) else f"{type(error).__name__}: {error}"
+        found = pb.Run(
+            run_id=run_id,
+            error=bounded(said, _ERROR_CHARACTERS),
+            state=pb.RUN_STATE_FAILED,
+            config=_UNKNOWN,
+        )
+        with contextlib.suppress(Exception):
             record = self._manager.record(run_id)
-            found = pb.Run(
-                run_id=run_id,
-                state=state_to_proto(record.state),
-                error=record.error or found.error,
-                config=stored_to_proto(record.settings),
-                created_at=timestamp(record.created_at),
-            )
+            found.state = state_to_proto(record.state)
+            found.error = bounded(record.error, _ERROR_CHARACTERS) or found.error
+            found.created_at.CopyFrom(timestamp(record.created_at))
+            config = stored_to_proto(record.settings)
+            if config.ByteSize() <= _LISTED_BYTES:
+                found.config.CopyFrom(config)
         return found
 
     def _message(self, run: Run) -> pb.Run:
@@ -200,7 +221,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         return pb.Run(
             run_id=record.run_id,
             state=state_to_proto(record.state),
-            error=record.error,
+            error=bounded(record.error, _ERROR_CHARACTERS),
             config=settings_to_proto(run.settings),
             step=run.step,
             created_at=timestamp(record.created_at),

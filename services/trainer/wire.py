@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, EncodeError, Message
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import BaseModel, ValidationError
@@ -24,7 +24,17 @@ from mulligan.trainer.v1 import run_config_pb2, run_service_pb2
 
 Settings = TypeVar("Settings", bound=BaseModel)
 _STRUCT = "google.protobuf.Struct"
+# What a field raises for a value of another type or size.
+_OF_ANOTHER_TYPE = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 _EXACT = 2**53  # a Struct's numbers are doubles: these hold whole numbers up to here
+
+
+class _DoesNotFit(ValueError):
+    """The message says why. `place` is the setting, with the tables that it is in."""
+
+    def __init__(self, place: tuple[str, ...], problem: str):
+        super().__init__(problem)
+        self.place = place
 
 
 def settings_from_proto(config: run_config_pb2.RunConfig) -> RunSettings:
@@ -42,6 +52,7 @@ def validated(model: type[Settings], given: Mapping[str, Any] | Message) -> Sett
 
 
 def settings_to_proto(settings: RunSettings) -> run_config_pb2.RunConfig:
+    """Raises INVALID_SETTING for one that the contract does not hold, such as a number of 400 digits."""
     config = run_config_pb2.RunConfig()
     fill_with(config, settings)
     for old, name in BY_SECOND_ATTEMPT.items():  # for clients from before algorithms had names
@@ -51,9 +62,15 @@ def settings_to_proto(settings: RunSettings) -> run_config_pb2.RunConfig:
 
 
 def stored_to_proto(plain: Mapping[str, Any]) -> run_config_pb2.RunConfig:
-    """Settings as a run's folder has them, where a plug-in that they name cannot be asked to read them."""
+    """Settings as a run's folder has them, where a plug-in that they name cannot be asked to read them. Raises
+    INVALID_SETTING where they are none, or none that a client can read."""
     config = run_config_pb2.RunConfig()
     fill_proto(config, {name: value for name, value in plain.items() if name in config.DESCRIPTOR.fields_by_name})
+    try:
+        sent = run_config_pb2.RunConfig.FromString(config.SerializeToString())
+    except (DecodeError, EncodeError) as error:  # tables in tables without end
+        raise DomainError(Reason.INVALID_SETTING, f"settings: {error}", field="settings") from None
+    foreign_from_proto(sent)
     return config
 
 
@@ -96,16 +113,32 @@ def fill_with(message: Message, settings: BaseModel) -> None:
 
 def fill_proto(message: Message, plain: Mapping[str, Any]) -> None:
     """Fills in the fields by their names. Where the message has `settings`, these take what has no field, and what
-    does not fit into the field of its name, such as a text where it has a number: a plug-in chooses its own types."""
+    does not fit into the field of its name, such as a text where it has a number: a plug-in chooses its own types.
+    Raises INVALID_SETTING, naming the setting, for what fits nowhere."""
+    try:
+        _fill_in(message, plain)
+    except _DoesNotFit as error:
+        field = ".".join(error.place)
+        raise DomainError(Reason.INVALID_SETTING, f"{field}: {error}", field=field) from None
+
+
+def _fill_in(message: Message, plain: Mapping[str, Any]) -> None:
     takes_others = _takes_others(message)
     for name, value in plain.items():
         if value is None:
             continue
         field = message.DESCRIPTOR.fields_by_name.get(name)
-        if not takes_others:
-            _fill(message, message.DESCRIPTOR.fields_by_name[name], value)
-        elif field is None or not _fits(message, field, value):
-            getattr(message, "settings")[name] = _in_struct(value)  # noqa: B009 - no type has it
+        try:
+            if not takes_others:
+                _fill(message, message.DESCRIPTOR.fields_by_name[name], value)
+            elif field is None or not _fits(message, field, value):
+                getattr(message, "settings")[name] = _in_struct(value)  # noqa: B009 - no type has it
+        except _DoesNotFit as error:
+            raise _DoesNotFit((name, *error.place), str(error)) from None
+        except KeyError:
+            raise _DoesNotFit((name,), "no such setting") from None
+        except _OF_ANOTHER_TYPE as error:
+            raise _DoesNotFit((name,), f"the contract does not hold this value: {error}") from None
 
 
 def _fill_in_unsent(message: Message, settings: BaseModel) -> None:
@@ -135,7 +168,7 @@ def _fits(message: Message, field: Any, value: Any) -> bool:
         found = _plain(field, getattr(message, field.name), (field.name,))
         if _is_struct(field) or (found == value and isinstance(found, bool) == isinstance(value, bool)):
             return True
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):  # each a value of another type
+    except _OF_ANOTHER_TYPE:
         pass
     message.ClearField(field.name)
     return False
@@ -147,10 +180,10 @@ def _fill(message: Message, field: Any, value: Any) -> None:
         getattr(message, name).update(_in_struct(value))
     elif isinstance(value, Mapping):
         getattr(message, name).SetInParent()
-        fill_proto(getattr(message, name), value)
+        _fill_in(getattr(message, name), value)
     elif isinstance(value, list | tuple) and field.message_type is not None:
         for one in value:
-            fill_proto(getattr(message, name).add(), one)
+            _fill_in(getattr(message, name).add(), one)
     elif isinstance(value, list | tuple):
         getattr(message, name).extend(value)
     elif field.enum_type is not None:

@@ -19,8 +19,9 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from safetensors import SafetensorError
 
 from mulligan.common.disk import writing_to
@@ -32,6 +33,7 @@ from mulligan.trainer.learner.tensor_files import StoredTensors, TensorStream, w
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+_Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,8 @@ class CheckpointState:
     """The scalars of a checkpoint, as stored in its manifest."""
 
     fingerprint: str
-    next_sequence: int  # number of the learner's next call: the `sequence` of the contract
-    optimizer_steps: int
+    next_sequence: _Number  # number of the learner's next call: the `sequence` of the contract
+    optimizer_steps: _Number
     reference_step: int = -1  # when the moving reference last moved; -1: there is none
     moments: str = "float32"  # optimizer.moments
 
@@ -86,6 +88,8 @@ def _sweep(folder: Path) -> None:
         if error.reason is Reason.CHECKPOINT_NOT_FOUND:
             shutil.rmtree(folder, ignore_errors=True)
         return
+    except (LookupError, TypeError, AttributeError):
+        return
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink(missing_ok=True)
@@ -106,8 +110,9 @@ def load_checkpoint(
             if path.parent != folder or file_sha256(path) != entry["sha256"]:
                 raise damaged(folder.name, f"{entry['file']} is not what was saved")
             parts[part] = StoredTensors(path)
-        return parts, CheckpointState(**manifest["state"])
-    except (OSError, SafetensorError, LookupError, TypeError, AttributeError) as error:
+        state = CheckpointState(**manifest["state"])
+        return parts, msgspec.convert(asdict(state), CheckpointState)  # checks the types
+    except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise damaged(folder.name, str(error)) from error
 
 
@@ -132,8 +137,10 @@ def damaged(name: str, cause: str) -> DomainError:
 
 
 def keep_checkpoints(root: Path, count: int, named: Collection[str]) -> None:
-    """Keeps the `count` checkpoints below `root` with the most optimizer steps and the `named` ones; deletes others."""
-    for folder in sorted((path.parent for path in root.glob(f"*/{_MANIFEST}")), key=_place, reverse=True)[count:]:
+    """Keeps the `count` checkpoints below `root` with the most optimizer steps and the `named` ones; deletes others. A
+    folder that no checkpoint can be called, such as a copy, is neither counted nor deleted."""
+    found = [path.parent for path in root.glob(f"*/{_MANIFEST}") if _NAME.fullmatch(path.parent.name)]
+    for folder in sorted(found, key=_place, reverse=True)[count:]:
         if folder.name not in named:
             (folder / _MANIFEST).unlink()  # first, so that no incomplete checkpoint is left
             sync(folder)
@@ -146,7 +153,7 @@ def _place(folder: Path) -> tuple[int, str]:
     name = re.sub(r"\d+", lambda digits: digits[0].zfill(20), folder.name)
     try:
         return int(_manifest(folder)["state"]["optimizer_steps"]), name
-    except (DomainError, LookupError, TypeError, ValueError):  # it is damaged
+    except (DomainError, LookupError, TypeError, ValueError, OverflowError):  # it is damaged
         return -1, name
 
 
