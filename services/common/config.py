@@ -68,6 +68,9 @@ class ServiceSettings(BaseSettings):
     write_seconds: float = Field(60.0, gt=0, description="A stream whose caller reads nothing for longer is ended.")
     receive_seconds: float = Field(60.0, gt=0, description="A request that takes longer to arrive is refused.")
     max_connections: int = Field(4096, ge=1, description="Connections; further ones are closed at once.")
+    max_idle_seconds: float = Field(
+        600.0, gt=0, le=86_400, description="A connection without calls is closed after this time, or up to twice it."
+    )
     max_streams: int = Field(4096, ge=1, description="Calls of a connection at once; further ones wait.")
     max_caller_calls: int = Field(
         16_384, ge=1, description="Calls of one caller at once. A caller is its token, its certificate, or its address."

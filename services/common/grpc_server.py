@@ -12,6 +12,7 @@ from grpc._cython import cygrpc
 from grpc.aio import _server as aio
 
 from mulligan.common.config import ServiceSettings
+from mulligan.common.connections import allowed
 from mulligan.common.metrics import MethodMetrics
 
 _PENDING_CALLS = 16_384
@@ -28,7 +29,9 @@ def options(settings: ServiceSettings) -> list[tuple[str, int]]:
         # Pings of the server, for machines that vanished: their streams end.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_allowed_incoming_connections", allowed(settings.max_connections)),
+        # Without a call, for once or twice as long. Clients connect again with their next call, and nobody notices.
+        ("grpc.max_connection_idle_ms", int(settings.max_idle_seconds * 1000)),
         ("grpc.server_handshake_timeout_ms", 20_000),  # of TLS and HTTP/2
         ("grpc.max_concurrent_streams", settings.max_streams),
         # Calls that wait for the event loop. By default gRPC cancels random ones above 1,000.

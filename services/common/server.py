@@ -28,6 +28,7 @@ from mulligan.common.callers import (
     current_caller,
 )
 from mulligan.common.config import ServiceSettings, refuse
+from mulligan.common.connections import allowed, kept_free
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.extras import how_to_install
 from mulligan.common.grpc_server import Server, options
@@ -51,6 +52,7 @@ log = structlog.get_logger()
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Answer = TypeVar("_Answer")
+_MOST_PEERS = 16_384  # whose last call is remembered
 _MAKE_HANDLER: dict[bool, Any] = {  # key: whether answers are a stream
     False: grpc.stream_unary_rpc_method_handler,
     True: grpc.stream_stream_rpc_method_handler,
@@ -115,6 +117,17 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             "/grpc.health.v1.Health/Watch": Callers(WATCH_LIMITS),
         }
         self._handlers: dict[str, _Handler] = {}
+        self._peers: dict[str, None] = {}  # connections with calls that were admitted; the last one at the end
+
+    def is_used(self, peer: str) -> bool:
+        """Whether a caller uses this connection: it made a call that needs a credential, where there are any."""
+        return peer in self._peers
+
+    def _use(self, peer: str) -> None:
+        self._peers.pop(peer, None)
+        self._peers[peer] = None
+        if len(self._peers) > _MOST_PEERS:
+            del self._peers[next(iter(self._peers))]
 
     @property
     def open_calls(self) -> set[str]:
@@ -160,6 +173,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             visit = Visit(self._open[guarded.method], by_address(context.peer()), guarded.streams_requests)
         else:
             key = self._identify(guarded.method, needed, context)
+            self._use(context.peer())
             current_caller.set(key)
             visit = Visit(self.callers, key, guarded.streams_requests)
         context.add_done_callback(lambda _: visit.end())  # type: ignore[arg-type]  # its type is a protocol with a name
@@ -334,7 +348,7 @@ async def serve(
     part serves, by name; it must be cheap. `own_address` is a further one, without TLS, for calls of this process.
     Raises OSError when an address is taken, and BadTls for bad certificates.
     """
-    server = _server(settings)
+    server, interceptor = _server(settings)
     names = list(register(server))
     prepare(names)
     health_servicer = add_standard_services(server, names, health_of_parts)
@@ -350,7 +364,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    with exported(settings):
+    with exported(settings), kept_free(port, allowed(settings.max_connections), interceptor.is_used):
         await server.start()
         # "" always is SERVING: liveness probes ask for it, and restarting this service would not repair an engine that
         # runs elsewhere.
@@ -373,7 +387,7 @@ async def serve(
     log.info("stopped")
 
 
-def _server(settings: ServiceSettings) -> grpc.aio.Server:
+def _server(settings: ServiceSettings) -> tuple[grpc.aio.Server, RequestInterceptor]:
     interceptor = RequestInterceptor(
         settings.tokens,
         settings.default_deadline_seconds,
@@ -383,7 +397,7 @@ def _server(settings: ServiceSettings) -> grpc.aio.Server:
         write_seconds=settings.write_seconds,
     )
     unknown = MethodMetrics(OTHER) if settings.metrics_port >= 0 else None
-    return cast(grpc.aio.Server, Server([interceptor], options(settings), unknown))
+    return cast(grpc.aio.Server, Server([interceptor], options(settings), unknown)), interceptor
 
 
 def _bind(server: grpc.aio.Server, address: str, settings: ServiceSettings) -> int:

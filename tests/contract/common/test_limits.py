@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mulligan.common.access import AccessRole
 from mulligan.common.callers import CallerLimits
-from mulligan.common.channel import Endpoint, is_healthy
+from mulligan.common.channel import Connection, Endpoint, is_healthy
 from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.grpc_server import Server, options
@@ -172,6 +173,25 @@ async def test_connections_have_a_limit_and_callers_go_on(server: ServiceProcess
     await until_async(is_served)
 
 
+async def test_connections_that_no_caller_uses_leave_room_for_callers(server: ServiceProcess) -> None:
+    """A stranger that holds as many as there may be, answers pings, and calls what needs no credential."""
+    client = EnvClient(Endpoint(server.address, token=token_of(AccessRole.READER), outage_seconds=0))
+    assert await client.list_environments()
+    async with AsyncExitStack() as stack:
+        for _ in range(CONNECTIONS):
+            connection = await stack.enter_async_context(raw_connection(server.address))
+            check = connection.begin(b"/grpc.health.v1.Health/Check")
+            await connection.send(check, message(b""), end=True)
+
+        async def is_served() -> bool:
+            return await is_healthy(server.address, 1)
+
+        await until_async(is_served)
+        assert await client.list_environments(), "a connection that is used stays"
+        await serves(server)
+    await client.close()
+
+
 async def _until_closed(reader: asyncio.StreamReader) -> None:
     try:
         while await reader.read(1_000):
@@ -186,6 +206,8 @@ class Streaming(pb_grpc.PolicyServiceServicer):
     def __init__(self) -> None:
         self.streaming = 0
         self.generating = 0
+        self.generated = 0
+        self.peers: set[str] = set()
         self.let_go = asyncio.Event()
 
     async def StreamGenerate(self, request: Any, context: Any) -> AsyncIterator[pb.StreamGenerateResponse]:
@@ -198,6 +220,8 @@ class Streaming(pb_grpc.PolicyServiceServicer):
 
     async def Generate(self, request: Any, context: Any) -> pb.GenerateResponse:
         self.generating += 1
+        self.generated += 1
+        self.peers.add(context.peer())
         try:
             await self.let_go.wait()
         finally:
@@ -210,10 +234,10 @@ class Settings(ServiceSettings):
 
 
 @asynccontextmanager
-async def streaming(**settings: Any) -> AsyncIterator[tuple[Streaming, str, RequestInterceptor]]:
+async def streaming(idle: float = 600.0, **settings: Any) -> AsyncIterator[tuple[Streaming, str, RequestInterceptor]]:
     servicer = Streaming()  # type: ignore[abstract]  # the other calls are not made
     interceptor = RequestInterceptor(**settings)
-    server: Any = Server([interceptor], options(Settings()))
+    server: Any = Server([interceptor], options(Settings(max_idle_seconds=idle)))
     pb_grpc.add_PolicyServiceServicer_to_server(servicer, server)
     add_standard_services(server, []).serves("")
     port = server.add_insecure_port("127.0.0.1:0")
@@ -222,6 +246,47 @@ async def streaming(**settings: Any) -> AsyncIterator[tuple[Streaming, str, Requ
         yield servicer, f"127.0.0.1:{port}", interceptor
     finally:
         await server.stop(None)
+
+
+async def test_a_connection_without_calls_ends() -> None:
+    """Also one that answers pings; a stream is a call for as long as it lasts."""
+    async with (
+        streaming(idle=0.5) as (servicer, address, _),
+        raw_connection(address) as idle,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        stub = pb_grpc.PolicyServiceStub(channel)
+        stream = stub.StreamGenerate(pb.StreamGenerateRequest(request=PROMPT))
+        await stream.read()
+        waiting = stub.Generate(PROMPT)
+        async with asyncio.timeout(30):
+            await idle.closed.wait()
+        await asyncio.sleep(1.5)
+        assert not stream.done() and not waiting.done()
+        await stream.read()
+        stream.cancel()
+        servicer.let_go.set()
+        await waiting
+
+
+async def test_clients_do_not_notice_that_an_idle_connection_ended() -> None:
+    """They call at about the time when it ends. Without a retry of ours no call fails, and none runs twice."""
+    clients, calls, seconds = 20, 20, 0.2
+    async with streaming(idle=seconds) as (servicer, address, _):
+        servicer.let_go.set()
+
+        async def call(number: int) -> None:
+            chance = random.Random(number)
+            connection = Connection(Endpoint(address, outage_seconds=0))
+            stub = pb_grpc.PolicyServiceStub(connection.channel)
+            for _ in range(calls):
+                await asyncio.sleep(seconds * chance.uniform(0.98, 2.05))
+                await connection.call(stub.Generate, PROMPT, timeout=30)
+            await connection.close()
+
+        await asyncio.gather(*(call(number) for number in range(clients)))
+        assert servicer.generated == clients * calls
+        assert len(servicer.peers) > 2 * clients, "their connections ended"
 
 
 PROMPT = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]))
