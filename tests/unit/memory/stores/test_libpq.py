@@ -117,8 +117,6 @@ class Impostor:
 async def test_a_server_without_tls_gets_no_password(insecure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libpq, "is_loopback", lambda host: False)  # as if it were another machine
     monkeypatch.setenv("PGPASSWORD", "SECRETPW")
-    if not insecure:
-        monkeypatch.setenv("PGSSLROOTCERT", "system")
     server = Impostor()
     try:
         location = f"postgresql://u@127.0.0.1:{server.port}/d"
