@@ -1,7 +1,7 @@
 """Who may make which call: the roles, and one table of all that a service of ours serves.
 
 `server.py` enforces the table, `tokens.py` says which role a caller has. docs/security.md shows the table; `make proto`
-writes it there.
+writes it there. The judge of training runs has a table of its own, in `services/testing/judge/access.py`.
 """
 
 from __future__ import annotations

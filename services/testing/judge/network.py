@@ -53,7 +53,7 @@ class FaultyCalls:
     ca: bytes = b""
 
     def __post_init__(self) -> None:
-        self.calm = False  # no faults any more
+        self.calm = False  # no faults any more, but for those of `lost_once`
         self._passed = asyncio.Event()
         self._whole = asyncio.Event()
         self._whole.set()
@@ -106,13 +106,11 @@ class FaultyCalls:
 
     def _strikes(self, method: str, sent: list[bytes]) -> bool:
         """Whether the call's answer is lost."""
-        if self.calm:
-            return False
         if method.rpartition("/")[2] in self.faults.lost_once:
             key = (method, sent[0])
             self._seen ^= {key}
             return key in self._seen
-        return self.chance.random() < self.faults.lost_answers
+        return not self.calm and self.chance.random() < self.faults.lost_answers
 
     async def _before(self, context: Any) -> None:
         if not self._whole.is_set():

@@ -66,6 +66,14 @@ async def test_a_lost_answer_has_the_call_made_again_and_both_tries_are_recorded
     assert lost.start < lost.end < answered.start < answered.end and not lost.refused
 
 
+async def test_every_first_answer_is_lost_in_a_calm_network_too() -> None:
+    """So a run that goes on after all troubles repeats such calls for sure."""
+    async with behind(CallFaults(0, 1.0, 1.0, 0, 0, lost_once=frozenset({"GetSnapshot"}))) as (server, network, client):
+        network.calm = True
+        await client.snapshot("scope")
+        assert server.asked == ["scope", "scope"] and network.happened == {"lost_answers": 1}
+
+
 async def test_a_copy_of_a_call_comes_later(tmp_path: Path) -> None:
     async with behind(CallFaults(0, 0, 1.0, 0, 0, late=0.0)) as (server, network, client):
         await client.snapshot("scope")
