@@ -117,6 +117,18 @@ def _stored_otherwise(patch: Patch, change: Callable[[Any], None]) -> None:
     patch(MemoryServicer, "AddReflection", changed)
 
 
+def lesson_with_another_reward(patch: Patch) -> None:
+    """The trainer writes another reward to the memory than the attempt before a lesson had."""
+    from mulligan.trainer.step import StepRunner
+
+    origin = StepRunner._origin
+
+    def wrong(self: Any, *arguments: Any) -> Any:
+        return replace(origin(self, *arguments), reward_before=0.75)
+
+    patch(StepRunner, "_origin", wrong)
+
+
 def same_reward_for_every_use(patch: Patch) -> None:
     """The trainer reports the same reward for every use."""
     from mulligan.memory.client import MemoryClient
@@ -209,6 +221,7 @@ HAS = {
     "snapshot_open_to_all": "memory",
     "rewards_stored_wrongly": "memory",
     "labels_lost": "memory",
+    "lesson_with_another_reward": "trainer",
     "same_reward_for_every_use": "trainer",
     "evaluation_invented": "trainer",
     "evaluation_of_fewer_attempts": "trainer",

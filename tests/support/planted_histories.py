@@ -65,6 +65,19 @@ def sources_lost(recorded: Recorded) -> Recorded:
     return recorded.asking("AddReflection", lambda _: {"source_ids": ["another"]})
 
 
+def lesson_with_another_reward(recorded: Recorded) -> Recorded:
+    """The trainer writes it, so the memory has it and everybody reads it."""
+
+    def of(message: Mapping[str, Any]) -> dict[str, Any]:
+        return {"provenance": message["provenance"] | {"reward_before": 0.75}}
+
+    def read(answer: Mapping[str, Any]) -> dict[str, Any]:
+        return {"reflections": [one | of(one) for one in answer.get("reflections", ())]}
+
+    written = recorded.asking("AddReflection", of).answering("QueryReflections", read)
+    return written.storing(lambda one: replace(one, provenance=replace(one.provenance, reward_before=0.75)))
+
+
 def same_reward_for_every_use(recorded: Recorded) -> Recorded:
     uses = {name: [replace(use, reward=0.25) for use in of] for name, of in recorded.final.uses.items()}
     told = recorded.asking(
@@ -114,6 +127,7 @@ HISTORIES: Mapping[Callable[[Recorded], Recorded], set[str]] = {
     task_stored_wrongly: {"memory"},
     labels_lost: {"memory"},
     sources_lost: {"memory"},
+    lesson_with_another_reward: {"rewards"},
     same_reward_for_every_use: {"rewards"},
     evaluation_invented: {"evaluations"},
     evaluation_of_fewer_attempts: {"evaluations"},

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from mulligan.common.experience import Experience, Sample, Turn
+from mulligan.common.reflections import Provenance
 from mulligan.common.rewards import reaches, total
 from mulligan.common.types import Outcome
 from mulligan.env.base import Environment
+from mulligan.testing.judge.entries import EntryContent
 from mulligan.testing.judge.episodes import AnsweredStep, answered_steps, asked_steps
 from mulligan.testing.judge.history import BrokenRule, RecordedCall, named
 from mulligan.testing.judge.state import Final
@@ -30,6 +32,7 @@ def check(calls: Sequence[RecordedCall], final: Final, environments: Mapping[str
                 yield from _check_sample(sample, steps, asked)
     yield from _check_reports(calls, final, environments)
     yield from _check_uses(calls, final)
+    yield from _check_lessons(calls, final)
 
 
 def _check_sample(
@@ -135,4 +138,39 @@ def _check_uses(calls: Sequence[RecordedCall], final: Final) -> Iterator[BrokenR
         has = (one.experience_id, one.memory_left_out_id, one.memory_entry_ids)
         if has != wanted:
             what = f"use {one.memory_use_id} is recorded with (key, left out, shown) {has}, and was drawn with {wanted}"
+            yield BrokenRule(RULE, what, (call,))
+
+
+def _check_lessons(calls: Sequence[RecordedCall], final: Final) -> Iterator[BrokenRule]:
+    """The memory is told of a text, such as a reflection, with the rewards of the attempts before and after it."""
+    texts = {
+        sample.sample_id: (experience, sample)
+        for experience in final.experiences
+        for sample in experience.samples
+        if not sample.is_episode
+    }
+    for call in named(calls, "AddReflection"):
+        if call.request["request_id"] not in texts:
+            continue
+        experience, text = texts[call.request["request_id"]]
+        told = EntryContent.recorded(call.request)
+        before = [one.reward for one in experience.samples if one.sample_id == text.parent_id]
+        after = [one.reward for one in experience.samples if one.is_episode and one.parent_id == text.sample_id]
+        possible = [
+            Provenance(
+                final.run_id,
+                experience.experience_id,
+                experience.environment,
+                experience.task_id,
+                text.policy_version,
+                earlier,
+                later,
+                reaches(later, final.threshold),
+            )
+            for earlier in before
+            for later in after
+            if earlier is not None and later is not None
+        ]
+        if told.text != text.text or told.provenance not in possible:
+            what = f"{text.sample_id} was written as {told.text[:100]!r} of {told.provenance}, not of {possible}"
             yield BrokenRule(RULE, what, (call,))

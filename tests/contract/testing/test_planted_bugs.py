@@ -33,6 +33,7 @@ FOUND_BY = {
     "table_of_roles_is_too_kind": "access",
     "rewards_stored_wrongly": "memory",
     "labels_lost": "memory",
+    "lesson_with_another_reward": "rewards",
     "same_reward_for_every_use": "rewards",
     "evaluation_invented": "evaluations",
     "evaluation_of_fewer_attempts": "evaluations",
