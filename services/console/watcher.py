@@ -81,6 +81,9 @@ class Watcher:
                     self._read[file] = state
                 except OSError as error:
                     log.warning("experiences cannot be read", run=run.key, step=step, cause=str(error))
+                except Exception as error:  # noqa: BLE001 - what one run's file says keeps no other's from being read
+                    log.warning("experiences cannot be read", run=run.key, step=step, cause=repr(error))
+                    self._read[file] = state  # not again before it changes
                 self.indexing -= 1
             await asyncio.sleep(SECONDS)
 

@@ -13,7 +13,8 @@ from mulligan.common.plugins import with_tables
 from mulligan.policy.backends import BACKENDS
 from mulligan.policy.model_settings import ModelSettings
 
-PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+POLICY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+PolicyName = Annotated[str, StringConstraints(pattern=POLICY_NAME)]
 
 
 @with_tables(BACKENDS)

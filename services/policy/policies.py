@@ -6,6 +6,7 @@ It is the `PolicyPort` of a trainer in the same process; `servicer.py` puts it o
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
@@ -34,7 +35,7 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.tasks import Broadcast, cancel
 from mulligan.policy import metrics
-from mulligan.policy.config import PolicySettings
+from mulligan.policy.config import POLICY_NAME, PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend, create_backend
 from mulligan.policy.gauges import gauges
@@ -52,6 +53,7 @@ from mulligan.policy.uploads import Uploads
 
 log = structlog.get_logger()
 T = TypeVar("T")
+_NAME = re.compile(POLICY_NAME)
 _PLAIN = CallOptions()
 _MOST_CHANGES = 1024  # also of callers that have left
 _RETRY_AFTER = timedelta(seconds=1)
@@ -71,6 +73,7 @@ class Policies(Collector):
         self._create = create
         self._own: dict[str, ModelSettings] = {settings.default_policy: model_settings(settings), **settings.policies}
         self._policies: dict[str, Policy] = {}
+        self._damaged: dict[str, DomainError] = {}  # those that cannot be served again, and why
         self._settles = Broadcast()  # woken when a policy is not opening or closing any more
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lock = _lock(settings.state_folder) if settings.state_folder else None
@@ -84,10 +87,12 @@ class Policies(Collector):
 
     @classmethod
     async def open(cls, settings: PolicySettings, create: OpenBackend = create_backend) -> Policies:
-        """Serves the policies of the settings, and those that LoadModel brought before a restart.
+        """Serves the policies of the settings, and those that LoadModel brought before a restart. The log tells of a
+        further policy whose state is damaged, or whose loaded model cannot be opened again, and the others serve: its
+        calls are STATE_DAMAGED until a model is loaded into it, or it is unloaded.
 
-        Raises an ExceptionGroup of UnsupportedModel, one for each policy that cannot be served, and OSError when the
-        state folder cannot be used.
+        Raises an ExceptionGroup of UnsupportedModel, one for each other policy that cannot be served, and OSError when
+        the state folder cannot be used.
         """
         policies = cls(settings, create)
         try:
@@ -107,7 +112,9 @@ class Policies(Collector):
         return gauges(self.deployments)
 
     def get(self, name: str = "") -> Policy:
-        """Raises DomainError UNKNOWN_POLICY."""
+        """Raises DomainError UNKNOWN_POLICY and STATE_DAMAGED."""
+        if (damaged := self._damaged.get(name)) is not None:
+            raise damaged.told(damaged.message)
         found = self._policies.get(name or self.settings.default_policy)
         if found is None or not found.serving:
             serving = [policy.name for policy in self._policies.values() if policy.serving]
@@ -115,6 +122,11 @@ class Policies(Collector):
             near = did_you_mean(name, serving)
             raise DomainError(Reason.UNKNOWN_POLICY, f"no policy {name!r}{near}; there are {known}", policy=name)
         return found
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """The policies whose calls are STATE_DAMAGED."""
+        return tuple(self._damaged)
 
     async def info(self, policy: str = "") -> PolicyInfo:
         return self.get(policy).info
@@ -159,6 +171,10 @@ class Policies(Collector):
     async def unload_model(self, policy: str) -> None:
         if policy == self.settings.default_policy:
             raise DomainError(Reason.DEFAULT_POLICY, f"{policy} is the default policy, which stays")
+        if policy in self._damaged:
+            await asyncio.to_thread(self._forget, policy)
+            self._damaged.pop(policy, None)
+            return
         self.get(policy)
         await self._shielded(self._unload(policy))
 
@@ -226,6 +242,7 @@ class Policies(Collector):
             if not policy.deployments:
                 await self._remove(policy)
             self._settles.wake_all()
+        self._damaged.pop(name, None)
         return policy
 
     async def _remove(self, policy: Policy) -> None:
@@ -237,14 +254,32 @@ class Policies(Collector):
             self._settles.wake_all()
 
     async def _restore_all(self) -> None:
-        names = sorted({*self._own, *self._stored()})
+        stored = self._stored()
+        names = sorted({*self._own, *stored})
         results = await asyncio.gather(*map(self._restore, names), return_exceptions=True)
-        for result in results:
-            if result is not None and not isinstance(result, UnsupportedModel | DomainError | OSError):
+        problems = []
+        for name, result in zip(names, results, strict=True):
+            if result is None:
+                continue
+            is_damage = name in stored or (isinstance(result, DomainError) and result.reason is Reason.STATE_DAMAGED)
+            if is_damage and name != self.settings.default_policy and isinstance(result, Exception):
+                self._damaged[name] = self._told_damage(name, result)
+            elif isinstance(result, UnsupportedModel | DomainError | OSError):
+                problems.append(f"{name}: {result}")
+            else:
                 raise result
-        problems = [f"{name}: {result}" for name, result in zip(names, results, strict=True) if result is not None]
         if problems:
             raise ExceptionGroup("; ".join(problems), [*map(UnsupportedModel, problems)])
+
+    def _told_damage(self, name: str, error: Exception) -> DomainError:
+        said = error.message if isinstance(error, DomainError) else str(error)
+        file = error.metadata.get("file") if isinstance(error, DomainError) else None
+        log.error("a policy is not served: its state cannot be used", policy=name, error=said)
+        message = (
+            f"the policy {name} is not served since the service started: {said.rstrip('.')}. Other policies are not "
+            "affected; this one serves again when a model is loaded into it, and is forgotten when it is unloaded"
+        )
+        return DomainError(Reason.STATE_DAMAGED, message, file=file or self._request_file(name))
 
     async def _restore(self, name: str) -> None:
         own = self._own.get(name)
@@ -259,7 +294,7 @@ class Policies(Collector):
                 await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
             await self._open_model(name, settings, restore=True)
         except (UnsupportedModel, DomainError) as error:
-            if request is None:
+            if request is None or (isinstance(error, DomainError) and error.reason is Reason.STATE_DAMAGED):
                 raise
             raise UnsupportedModel(f"{error} (it was loaded by LoadModel: {path})") from error
 
@@ -299,7 +334,13 @@ class Policies(Collector):
         """Policies into which a model was loaded."""
         if self.settings.state_folder is None:
             return []
-        return [path.parent.name for path in (self.settings.state_folder / "policies").glob("*/model.json")]
+        found = []
+        for path in sorted((self.settings.state_folder / "policies").glob("*/model.json")):
+            if _NAME.fullmatch(path.parent.name):
+                found.append(path.parent.name)
+            else:
+                log.warning("a folder is no policy, because no policy can have its name", folder=str(path.parent))
+        return found
 
     def _remembered(self, name: str) -> ModelRequest | None:
         """What LoadModel brought, unless the policy's own settings have changed since."""

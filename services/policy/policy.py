@@ -57,6 +57,7 @@ from mulligan.policy.factory import OpenBackend
 from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.streams import TextStream, merged, unsettling_token
 from mulligan.policy.uploads import UploadHeader, Uploads
+from mulligan.policy.version_table import DamagedTable
 from mulligan.policy.versions import VersionStore, source_of
 
 log = structlog.get_logger()
@@ -290,7 +291,12 @@ class Policy:
     async def _load(self, settings: ModelSettings, commit: Callable[[], None], restore: bool) -> None:
         self._refuse_released()
         if self._store is None:
-            self._store = await asyncio.to_thread(VersionStore, self._folder, self._service.keep_versions)
+            try:
+                self._store = await asyncio.to_thread(VersionStore, self._folder, self._service.keep_versions)
+            except DamagedTable as error:
+                raise DomainError(
+                    Reason.STATE_DAMAGED, str(error), file=(self._folder or Path()) / "versions.db"
+                ) from error
         store = self._store
         folder = await asyncio.to_thread(store.engine_folder)
         async with AsyncExitStack() as undo:

@@ -52,6 +52,7 @@ def health(policies: Policies) -> dict[str, bool]:
     """Whether calls are answered, by name of the health service: each policy's, and PolicyService's as a whole, which
     is the default policy's. A policy that is being updated is healthy: its calls only wait."""
     found = {f"{SERVICE}/{deployment.name}": deployment.healthy for deployment in policies.deployments}
+    found |= {f"{SERVICE}/{name}": False for name in policies.damaged}
     return {**found, SERVICE: found[f"{SERVICE}/{policies.settings.default_policy}"]}
 
 

@@ -57,6 +57,10 @@ _ADVICE = "Put a copy of the file back, or move it away: then the policy serves 
 _LOST = "its record in {} was damaged: what it said is lost"
 
 
+class DamagedTable(OSError):
+    """The file is no database, or one whose structure is damaged. The message says what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
     """What is known of a version.
@@ -224,8 +228,8 @@ def _open(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _unusable(path: Path, error: object) -> OSError:
-    return OSError(f"state_folder: cannot use {path}: {error}. {_ADVICE}")
+def _unusable(path: Path, error: object) -> DamagedTable:
+    return DamagedTable(f"state_folder: cannot use {path}: {error}. {_ADVICE}")
 
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:

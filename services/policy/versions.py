@@ -59,7 +59,12 @@ class VersionStore:
         except BaseException:
             self._lock_file.close()
             raise
-        self._clean()
+        try:
+            self._clean()
+        except BaseException:
+            self._table.close()
+            self._lock_file.close()
+            raise
         for left_over in self._folder.glob(f"{_ENGINE}*"):
             shutil.rmtree(left_over, ignore_errors=True)
 

@@ -66,7 +66,11 @@ class RunAdmission:
         """Raises DomainError INVALID_SETTING for a model in another place or a metric writer that cannot be used, and
         RUN_CREDENTIAL for a scope of the memory that is neither the run's own nor one that runs share: the trainer
         would write to it. Where callers need credentials, an id that names what others have is RUN_CREDENTIAL, too: the
-        run's credential would be good for that."""
+        run's credential would be good for that.
+
+        What others write first after the memory's answer is as if they wrote after the run had started: the name was
+        free when it was given out. A second look after the start would move that moment, and not do away with it, since
+        a name is taken by its first entry alone; and it could not tell their entry from the run's own."""
         check_writers(settings.tracking.writers, insecure=self.insecure)
         source = settings.model.source
         checked = self.checks_models and settings.trains

@@ -35,7 +35,8 @@ class PolicyAdminServiceStub:
     can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     Calls that name a version, or change the one that serves, can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if
     it is one record that is damaged, `record`. A version whose record is damaged when the service starts is listed as
-    removed, with that problem, and may be published again.
+    removed, with that problem, and may be published again. Every call to a policy that PolicyService refuses with
+    STATE_DAMAGED is so refused, but LoadModel opens a model in it, and UnloadModel forgets it.
     """
 
     def __init__(self, channel):
@@ -96,7 +97,8 @@ class PolicyAdminServiceServicer:
     can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     Calls that name a version, or change the one that serves, can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if
     it is one record that is damaged, `record`. A version whose record is damaged when the service starts is listed as
-    removed, with that problem, and may be published again.
+    removed, with that problem, and may be published again. Every call to a policy that PolicyService refuses with
+    STATE_DAMAGED is so refused, but LoadModel opens a model in it, and UnloadModel forgets it.
     """
 
     def LoadModel(self, request, context):
@@ -257,7 +259,8 @@ class PolicyAdminService:
     can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     Calls that name a version, or change the one that serves, can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if
     it is one record that is damaged, `record`. A version whose record is damaged when the service starts is listed as
-    removed, with that problem, and may be published again.
+    removed, with that problem, and may be published again. Every call to a policy that PolicyService refuses with
+    STATE_DAMAGED is so refused, but LoadModel opens a model in it, and UnloadModel forgets it.
     """
 
     @staticmethod

@@ -27,6 +27,8 @@ class PolicyServiceStub:
     - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
       with INTERNAL themselves, before a server sees them;
     - NOT_FOUND UNKNOWN_POLICY;
+    - DATA_LOSS STATE_DAMAGED, metadata `file`: of a further policy, whose state was damaged, or whose loaded model could
+      not be opened again, when the service started; the others serve;
     - UNAUTHENTICATED BAD_CREDENTIAL: the server has tokens, and the call's metadata has none of them as
       `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
@@ -95,6 +97,8 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
       with INTERNAL themselves, before a server sees them;
     - NOT_FOUND UNKNOWN_POLICY;
+    - DATA_LOSS STATE_DAMAGED, metadata `file`: of a further policy, whose state was damaged, or whose loaded model could
+      not be opened again, when the service started; the others serve;
     - UNAUTHENTICATED BAD_CREDENTIAL: the server has tokens, and the call's metadata has none of them as
       `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,8 @@ async def test_damaged_runs_leave_the_others_listed_and_runnable(services: Servi
         ("no-settings", RunState.RUNNING),
         ("no-checkpoint", RunState.STOPPED),
         ("no-event", RunState.COMPLETED),
+        ("no-number", RunState.RUNNING),
+        ("no-time", RunState.STOPPED),
     ):
         folder = RunFolder(runs / name)
         folder.create(name, SETTINGS)
@@ -32,6 +35,13 @@ async def test_damaged_runs_leave_the_others_listed_and_runnable(services: Servi
         shutil.copy(runs / "whole" / "events.jsonl", folder.events_file)
     (runs / "no-settings" / "run.json").write_bytes(b"\x00" * 500)
     (runs / "no-checkpoint" / "checkpoint.json").write_bytes(b'{"name": "no-chec')
+    for name, changes in (("no-number", {"steps": 10**400}), ("no-time", {"environment": 5})):
+        record = json.loads((runs / name / "run.json").read_text())
+        del record["crc32"]
+        record["settings"] |= changes
+        record["created_at"] = "9999-12-31T23:59:59.999999" + ("Z" if name == "no-number" else "")
+        (runs / name / "run.json").write_text(json.dumps(record))
+    shutil.copytree(runs / "whole", runs / "whole (copy)")
     events = runs / "no-event" / "events.jsonl"
     lines = events.read_bytes().splitlines(keepends=True)
     events.write_bytes(b"".join([lines[0], lines[1][:9] + b"\n", *lines[2:]]) + b'{"number":9,"ti')
@@ -39,7 +49,9 @@ async def test_damaged_runs_leave_the_others_listed_and_runnable(services: Servi
     client = loop.client()
     try:
         listed = {run.run_id: run for run in await client.runs()}
-        assert set(listed) == {"whole", "no-settings", "no-checkpoint", "no-event"}
+        assert set(listed) == {"whole", "no-settings", "no-checkpoint", "no-event", "no-number", "no-time"}
+        assert "steps: the contract does not hold this value" in listed["no-number"].error
+        assert "environment: Input should be a valid string" in listed["no-time"].error
         assert listed["whole"].state is listed["no-event"].state is RunState.COMPLETED
         assert f"{runs / 'no-settings' / 'run.json'} is damaged" in listed["no-settings"].error
         assert f"{runs / 'no-checkpoint' / 'checkpoint.json'} is damaged" in listed["no-checkpoint"].error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_checkpoints_are_kept_by_step_whatever_their_times_say(tiny: Path, tmp_p
         learner.save_checkpoint(f"run-{step}")
         age(root / f"run-{step}", direction * 1000 * step)
     assert kept(root) == ["run-10", "run-11", "run-12"]
+
+
+def test_a_copied_folder_takes_no_checkpoints_place(tiny: Path, tmp_path: Path) -> None:
+    learner = make(tiny, tmp_path, keep_checkpoints=2)
+    root = tmp_path / "checkpoints" / "learner"
+    learn(learner, range(1))
+    learner.save_checkpoint("run-1")
+    for name in ("run-1 (copy)", ".run-1"):
+        shutil.copytree(root / "run-1", root / name)
+    for step in range(2, 5):
+        learner.save_checkpoint(f"run-{step}")
+    assert kept(root) == [".run-1", "run-1 (copy)", "run-3", "run-4"]
 
 
 def test_checkpoints_of_equal_weights_are_kept_by_name(tiny: Path, tmp_path: Path) -> None:

@@ -128,6 +128,20 @@ def another_format(folder: Path) -> None:
     edit_the_manifest(folder, format=99)
 
 
+def numbers_as_texts(folder: Path) -> None:
+    state = json.loads((folder / "manifest.json").read_text())["state"]
+    edit_the_manifest(folder, state=state | {"next_sequence": "1"})
+
+
+def a_negative_number(folder: Path) -> None:
+    state = json.loads((folder / "manifest.json").read_text())["state"]
+    edit_the_manifest(folder, state=state | {"optimizer_steps": -1})
+
+
+def no_table_of_files(folder: Path) -> None:
+    edit_the_manifest(folder, files=5)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -136,6 +150,9 @@ def another_format(folder: Path) -> None:
         lose_a_file,
         garble_the_manifest,
         change_a_digit_of_the_manifest,
+        numbers_as_texts,
+        a_negative_number,
+        no_table_of_files,
         point_outside,
         another_format,
     ],
