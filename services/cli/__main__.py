@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from mulligan.common.extras import how_to_install
@@ -9,6 +10,8 @@ from mulligan.common.extras import how_to_install
 
 def main() -> None:
     """Exit status: 1 a service refused or failed, 2 the command was called wrongly, 130 interrupted."""
+    # gRPC's core, which reads it when it is imported, would write of each idle connection that a server has closed.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from mulligan.cli.app import run_app
     except ImportError as error:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -35,9 +35,6 @@ from mulligan.common.channel import Endpoint, UnprotectedToken, check_protection
 from mulligan.common.errors import ServiceUnavailable
 from mulligan.common.extras import MissingExtra
 from mulligan.console.access import Access
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
 
 FOLDER = Path("runs")
 HOST = "127.0.0.1"
@@ -140,6 +137,7 @@ def _serve(
     files: Mapping[str, Any],
 ) -> None:
     """Until Ctrl-C. `files` are uvicorn's settings of TLS."""
+    from mulligan.console import web_server
     from mulligan.console.app import make_app
     from mulligan.console.index import ExperienceIndex
     from mulligan.console.library import Library
@@ -149,11 +147,12 @@ def _serve(
 
     services = Services(endpoints, partial(kept_credential, endpoints["trainer"].address))
     with contextlib.closing(ExperienceIndex(index_file(folder))) as index:
-        _run(make_app(Watcher(Library(folder), index), index, services, access), listening, files)
+        web_server.serve(make_app(Watcher(Library(folder), index), index, services, access), listening, files)
 
 
 def _serve_recording(listening: socket.socket, access: Access, files: Mapping[str, Any]) -> None:
     """As `_serve`, of the package's recording, in a folder that is gone afterwards."""
+    from mulligan.console import web_server
     from mulligan.console.app import make_app
     from mulligan.console.index import ExperienceIndex
     from mulligan.console.library import Library
@@ -168,13 +167,7 @@ def _serve_recording(listening: socket.socket, access: Access, files: Mapping[st
         with contextlib.closing(ExperienceIndex(folder / "index.sqlite")) as index:
             watcher = Watcher(Library(folder / "runs"), index)
             app = make_app(watcher, index, RecordedServices(answers), access, answers.banner)
-            _run(app, listening, files)
-
-
-def _run(app: ASGIApp, listening: socket.socket, files: Mapping[str, Any]) -> None:
-    import uvicorn
-
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **files)).run([listening])
+            web_server.serve(app, listening, files)
 
 
 def _end(*_: object) -> None:

@@ -110,7 +110,7 @@ class Connections:
             with _borrowed(self._held) as connection:
                 if connection.family not in _FAMILIES or connection.getsockname()[1] != self._port:
                     return None
-                found = _name(connection)
+                found = peer_name(*connection.getpeername()[:2])
                 if found == end:
                     connection.shutdown(socket.SHUT_RDWR)
                 return found
@@ -129,10 +129,9 @@ def _borrowed(file: int) -> Iterator[socket.socket]:
         found.detach()
 
 
-def _name(connection: socket.socket) -> str:
-    """Its peer as gRPC writes it."""
-    host, port = connection.getpeername()[:2]
-    if connection.family == socket.AF_INET:
+def peer_name(host: str, port: int) -> str:
+    """As gRPC writes it."""
+    if ":" not in host:
         return f"ipv4:{host}:{port}"
     mapped = ipaddress.IPv6Address(host).ipv4_mapped
     return f"ipv4:{mapped}:{port}" if mapped else f"ipv6:%5B{host.replace('%', '%25')}%5D:{port}"

@@ -106,6 +106,13 @@ class Finder:
 sys.meta_path.insert(0, Finder)
 importlib.import_module(sys.argv[1])
 """
+MAIN = """
+sys.argv = ["mulligan", "--help"]
+try:
+    sys.modules["mulligan.cli.__main__"].main()
+finally:
+    import grpc
+"""
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -115,3 +122,12 @@ def test_each_service_sets_it_before_grpc_is_there(service: str, monkeypatch: py
     command = [sys.executable, "-c", IMPORTED, f"mulligan.{service}.__main__"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.split()[:1] == ["NONE"]
+
+
+def test_the_command_line_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it stays, as the console does, its connections become idle, and its user would see lines of that."""
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
+    command = [sys.executable, "-c", IMPORTED + MAIN, "mulligan.cli.__main__"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "NONE" in result.stdout.splitlines() and "None" not in result.stdout.splitlines()

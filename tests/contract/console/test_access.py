@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
+import socket
 import ssl
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,6 +19,7 @@ from selenium.webdriver.common.by import By
 
 from mulligan.common.certificates import Certificates
 from mulligan.console.reading import index_file
+from mulligan.console.web_server import CONNECTIONS
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.recorded_runs import write_run
@@ -178,3 +182,33 @@ async def test_a_run_is_stopped_and_resumed(services: ServiceProcesses, key_file
         press("Stop")
         wait_until(lambda: button("Resume"))
     await client.close()
+
+
+def test_connections_without_a_request_leave_room(runs: Path, tmp_path: Path) -> None:
+    """Half-sent ones, ones that say nothing, and what is no HTTP. A page that is followed goes on."""
+    with console(runs, tmp_path / "cache", *AWAY) as address, ExitStack() as stack:
+        following = HTTPConnection(urlsplit(address).netloc, timeout=30)
+        stack.callback(following.close)
+        following.request("GET", "/live")
+        followed = following.getresponse()
+        assert followed.status == 200 and followed.readline() == b"retry: 2000\n"
+        host, _, port = urlsplit(address).netloc.rpartition(":")
+        made = []
+        for number in range(CONNECTIONS + 100):
+            one = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            one.sendall((b"", b"GET / HTTP/1.1\r\nX: ", b"POST /x HTTP/1.1\r\n", b"\xff\r\n\r\n")[number % 4])
+            made.append(one)
+        ended: set[socket.socket] = set()
+
+        def most_have_ended() -> bool:
+            for one in select.select([one for one in made if one not in ended], [], [], 0)[0]:
+                with suppress(ConnectionError):
+                    one.recv(1_000)
+                ended.add(one)
+            return len(ended) >= 200  # 89 that were no HTTP among them
+
+        wait_until(most_have_ended, 30)
+        assert answer(address, "/", {}).status == 200
+        assert following.sock is not None
+        while select.select([following.sock], [], [], 0)[0]:
+            assert following.sock.recv(1_000), "it has not ended"
