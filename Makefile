@@ -10,9 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
-# One more than there are cores, since many tests wait for what services do; four at most.
-TESTERS := $(shell cores=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((cores < 3 ? cores + 1 : 4)))
-PYTEST := $(BIN)/python -m pytest -q --numprocesses $(TESTERS)
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4
 # Keyed on what was installed, not on time stamps, which a checkout changes.
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt requirements.lock | cksum | cut -d' ' -f1)
 

@@ -10,11 +10,12 @@ from typing import Any
 
 LAUNCH_SECONDS = 600.0  # which a busy machine may take to start them
 # What makes SGLang work, and rest while it has nothing to do, without a GPU. It computes on the last core; the rest is
-# for everything else.
+# for everything else. Its own first call is left out: it ends a server that does not listen within 120 seconds, which a
+# busy machine may take. The policy service waits for LAUNCH_SECONDS, and asks for itself.
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--dtype", "float32", "--max-total-tokens", "65536"),
-    *("--disable-overlap-schedule", "--disable-cuda-graph", "--sleep-on-idle"),
+    *("--disable-overlap-schedule", "--disable-cuda-graph", "--sleep-on-idle", "--skip-server-warmup"),
 )
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",

@@ -9,7 +9,7 @@ from typing import Any
 
 from mulligan.common.experience import Experience
 from mulligan.common.reflections import StoredReflection
-from mulligan.testing.judge.history import RecordedCall
+from mulligan.testing.judge.history import SEVERAL, RecordedCall
 from mulligan.testing.judge.state import Final, ToldEvaluation
 
 
@@ -29,14 +29,18 @@ class Recorded:
         return replace(self, calls=calls)
 
     def asking(self, name: str, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Recorded:
-        """These calls ask for something else."""
-        calls = [
-            replace(call, request=dict(call.request) | change(call.request))
-            if call.name == name and not call.credential
-            else call
-            for call in self.calls
-        ]
-        return replace(self, calls=calls)
+        """These calls ask for something else, also within calls for several."""
+
+        def changed(call: RecordedCall) -> RecordedCall:
+            single, requests, _ = SEVERAL.get(call.name, ("", "", ""))
+            if call.credential or name not in (call.name, single):
+                return call
+            if name == call.name:
+                return replace(call, request=dict(call.request) | change(call.request))
+            several = [one | change(one) for one in call.request[requests]]
+            return replace(call, request=dict(call.request) | {requests: several})
+
+        return replace(self, calls=[changed(call) for call in self.calls])
 
     def storing(self, change: Callable[[StoredReflection], StoredReflection]) -> Recorded:
         return replace(self, final=replace(self.final, entries=[change(one) for one in self.final.entries]))

@@ -25,6 +25,26 @@ export function checkStep(step: Step, path = ""): void {
   if (Buffer.byteLength(step.action) > ACTION_BYTES) throw invalidField(`${path}action`, `at most ${ACTION_BYTES} bytes`);
 }
 
+export interface Start {
+  episodeId: string;
+  environment: string;
+  taskId: string;
+}
+
+export function checkStart({ episodeId, environment, taskId }: Start, path = ""): void {
+  checkId(`${path}episode_id`, episodeId);
+  checkId(`${path}environment`, environment);
+  checkId(`${path}task_id`, taskId);
+}
+
+export function checkStarts(starts: Start[]): void {
+  if (starts.length < 1 || starts.length > 1024) throw invalidField("starts", "1 to 1024 items");
+  starts.forEach((start, index) => checkStart(start, `starts[${index}].`));
+  if (new Set(starts.map((start) => start.episodeId)).size < starts.length) {
+    throw invalidField("starts.episode_id", "each episode once");
+  }
+}
+
 export function checkSteps(steps: Step[]): void {
   if (steps.length < 1 || steps.length > 1024) throw invalidField("steps", "1 to 1024 items");
   steps.forEach((step, index) => checkStep(step, `steps[${index}].`));

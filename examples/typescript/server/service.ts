@@ -6,32 +6,38 @@ import { status } from "@grpc/grpc-js";
 import type { EnvServiceHandlers } from "../gen/mulligan/env/v1/EnvService.js";
 import type { ListTasksRequest__Output } from "../gen/mulligan/env/v1/ListTasksRequest.js";
 import type { ListTasksResponse } from "../gen/mulligan/env/v1/ListTasksResponse.js";
-import type { _mulligan_env_v1_StepEpisodesResponse_Item as Item } from "../gen/mulligan/env/v1/StepEpisodesResponse.js";
 import { checkEnvironment, Episodes } from "./episodes.js";
 import { ContractError, invalidField, toStatus } from "./errors.js";
 import { INFO, TASK_COUNTS } from "./game.js";
-import { checkId, checkRange, checkSplit, checkStep, checkSteps, type Step } from "./requests.js";
+import { checkId, checkRange, checkSplit, checkStart, checkStarts, checkStep, checkSteps, type Start } from "./requests.js";
 
 export function handlers(episodes: Episodes, leaseSeconds: number): EnvServiceHandlers {
   const lease = { seconds: Math.floor(leaseSeconds), nanos: Math.round((leaseSeconds % 1) * 1e9) };
+  const start = ({ episodeId, environment, taskId }: Start) => ({
+    observation: episodes.start(episodeId, environment, taskId),
+    lease,
+  });
   return {
     ListEnvironments: unary(() => ({ environments: [INFO] })),
     ListTasks: unary(listTasks),
-    StartEpisode: unary(({ episodeId, environment, taskId }) => {
-      checkId("episode_id", episodeId);
-      checkId("environment", environment);
-      checkId("task_id", taskId);
-      return { observation: episodes.start(episodeId, environment, taskId), lease };
+    StartEpisode: unary((request) => {
+      checkStart(request);
+      return start(request);
+    }),
+    // Starts and steps take no time here, so that none is ever pending, whatever max_wait is.
+    StartEpisodes: unary(({ starts, maxWait }) => {
+      checkStarts(starts);
+      checkWait(maxWait);
+      return { items: starts.map((one) => orError(() => ({ episode: start(one) }))) };
     }),
     StepEpisode: unary((request) => {
       checkStep(request);
       return episodes.step(request);
     }),
-    // Steps take no time here, so that none is ever pending, whatever max_wait is.
     StepEpisodes: unary(({ steps, maxWait }) => {
       checkSteps(steps);
-      if (maxWait) checkRange("max_wait", maxWait.seconds + maxWait.nanos / 1e9, 0, 3600);
-      return { items: steps.map((step) => item(episodes, step)) };
+      checkWait(maxWait);
+      return { items: steps.map((step) => orError(() => ({ step: episodes.step(step) }))) };
     }),
     ForkEpisode: unary(({ episodeId, stepIndex, newEpisodeId }) => {
       checkId("episode_id", episodeId);
@@ -80,12 +86,17 @@ function position(token: string, name: string, count: number): number {
   throw new ContractError(status.INVALID_ARGUMENT, "BAD_PAGE_TOKEN", "page_token is not one of this listing");
 }
 
-function item(episodes: Episodes, step: Step): Item {
+/** The item of a call for several: what the function returns, or the error that it throws. */
+function orError<Result>(answer: () => Result) {
   try {
-    return { step: episodes.step(step) };
+    return answer();
   } catch (error) {
     if (!(error instanceof ContractError)) throw error;
     const { code, reason, message, metadata } = error;
     return { error: { code, reason, message, metadata } };
   }
+}
+
+function checkWait(maxWait: { seconds: number; nanos: number } | null): void {
+  if (maxWait) checkRange("max_wait", maxWait.seconds + maxWait.nanos / 1e9, 0, 3600);
 }

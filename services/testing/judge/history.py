@@ -18,7 +18,7 @@ from mulligan.common.status import code_name
 # What a call fails with that was not carried out, beside what has a reason of the contract.
 _REFUSALS = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED", "INVALID_ARGUMENT"})
 # Calls for several: the call that each of them is, where the requests are, and the field of an item's answer.
-_SEVERAL = {
+SEVERAL = {
     "StartEpisodes": ("StartEpisode", "starts", "episode"),
     "AddReflections": ("AddReflection", "reflections", "added"),
 }
@@ -100,10 +100,10 @@ def named(calls: Sequence[RecordedCall], *names: str) -> list[RecordedCall]:
 
 
 def _singles(call: RecordedCall) -> Iterator[RecordedCall]:
-    if call.name not in _SEVERAL:
+    if call.name not in SEVERAL:
         yield call
         return
-    name, requests, result = _SEVERAL[call.name]
+    name, requests, result = SEVERAL[call.name]
     method = f"{call.method.rpartition('/')[0]}/{name}"
     for number, request in enumerate(call.request[requests]):
         one = replace(call, method=method, request=request)

@@ -20,7 +20,8 @@ from mulligan.common.file_lock import lock_file
 from mulligan.common.files import make_folder, move_folder
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.model_files import check_model, is_hub_id
-from mulligan.trainer.learner.model import attach, load_source
+from mulligan.trainer.learner.lora import attach
+from mulligan.trainer.learner.model import load_source
 from mulligan.trainer.learner.storage import CheckpointState, damaged, load_checkpoint
 from mulligan.trainer.learner.tensor_files import StoredTensors
 from mulligan.trainer.settings import TrainedModelSettings

@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import structlog
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from mulligan import models
-from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.errors import DomainError, Reason
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.inference import CanaryProbe
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
@@ -32,7 +30,7 @@ from mulligan.trainer.learner.ranks import Ranks
 from mulligan.trainer.learner.settings import LOGITS_AT_ONCE, Attention
 from mulligan.trainer.learner.tensor_files import TensorStream
 from mulligan.trainer.loss_terms import KlReference
-from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
+from mulligan.trainer.settings import TrainedModelSettings
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -73,14 +71,18 @@ class PolicyModel:
         self.base = sharding.moved(base.eval(), device, self._ranks)
         self._tree_kernel = self._share_prefixes(attention)
         self.shares_prefixes = self._tree_kernel is not None
-        self.adapter = None if settings.lora is None else attach(self.base, settings.lora, seed).eval()
+        self.adapter: Any = None
+        self.adapted_layers: tuple[str, ...] = ()
+        if settings.lora is not None:
+            from mulligan.trainer.learner import lora
+
+            self.adapter = lora.attach(self.base, settings.lora, seed).eval()
+            self.adapted_layers = lora.kinds(self.adapter)
         if gradient_checkpointing:
             with self._autocast():
                 _checkpoint_layers(self.base, settings.source)
         self._weight_names = _distinct_names(self.base)
         sharding.share_out(self.base, self._ranks)
-        names = [] if self.adapter is None else _adapted(self.adapter)
-        self.adapted_layers: tuple[str, ...] = tuple(sorted({name.rpartition(".")[2] for name in names}))
         self.trainable: dict[str, torch.nn.Parameter] = {
             name: parameter for name, parameter in self._module().named_parameters() if parameter.requires_grad
         }
@@ -322,59 +324,6 @@ def _probe_sequences(tokenizer: Any, limits: ModelLimits, source: str) -> weight
 
 def _context_length(config: Any) -> int:
     return int(config.get_text_config().max_position_embeddings)
-
-
-def attach(base: Any, settings: LoraSettings, seed: int) -> PeftModel:
-    """Adds LoRA to `base` in place. The adapter's random initial weights depend on the seed only."""
-    alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft types it as int and divides it by the rank
-        target_modules=list(settings.target_modules) or "all-linear",
-        lora_dropout=0.0,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            adapter = get_peft_model(base, config)
-        except ValueError as error:  # a name that no layer has
-            raise invalid_field("model.lora.target_modules", f"names of linear layers ({error})"[:1000]) from error
-    _refuse_unservable(adapter)
-    layers: list[Any] = [module for module in adapter.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        # peft would copy the input to float32, the type of the adapter; autocast computes in its own type anyway.
-        layer.cast_input_dtype_enabled = False
-    return adapter
-
-
-def _adapted(adapter: PeftModel) -> dict[str, torch.nn.Module]:
-    """The base layers that have an adapter, by name."""
-    model: Any = adapter.base_model.model
-    return {
-        name: module.get_base_layer() for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
-    }
-
-
-def _refuse_unservable(adapter: PeftModel) -> None:
-    """Refuses adapters that no policy can serve: of layers that are not linear, or share weights with another layer."""
-    layers = _adapted(adapter)
-    model = cast(Any, adapter.base_model.model)
-    holders: dict[int, set[str]] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.nn.Parameter):
-            holders.setdefault(id(weight), set()).add(name.removesuffix(".base_layer"))
-    for name, layer in layers.items():
-        tied = sorted(holders.get(id(layer.weight), set()) - {name})
-        kind = type(layer).__name__
-        if tied:
-            problem = f"{name} is tied to {tied[0]}, which has the same weights: an adapter of one would change both"
-        elif not isinstance(layer, torch.nn.Linear):
-            problem = f"{name} is of the kind {kind}"
-        else:
-            continue
-        raise invalid_field("model.lora.target_modules", f"linear layers with weights of their own ({problem})")
 
 
 def _score(

@@ -24,7 +24,7 @@ from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.recorded_runs import write_run
 from mulligan.trainer.folder import RunState
-from tests.support.console import browser, console
+from tests.support.console import browser, console, with_key
 from tests.support.paths import IMPORT_ROOTS
 from tests.support.waiting import wait_until
 
@@ -189,7 +189,7 @@ def test_connections_without_a_request_leave_room(runs: Path, tmp_path: Path) ->
     with console(runs, tmp_path / "cache", *AWAY) as address, ExitStack() as stack:
         following = HTTPConnection(urlsplit(address).netloc, timeout=30)
         stack.callback(following.close)
-        following.request("GET", "/live")
+        following.request("GET", "/live", headers=with_key(address))
         followed = following.getresponse()
         assert followed.status == 200 and followed.readline() == b"retry: 2000\n"
         host, _, port = urlsplit(address).netloc.rpartition(":")
@@ -208,7 +208,7 @@ def test_connections_without_a_request_leave_room(runs: Path, tmp_path: Path) ->
             return len(ended) >= 200  # 89 that were no HTTP among them
 
         wait_until(most_have_ended, 30)
-        assert answer(address, "/", {}).status == 200
+        assert answer(address, "/", with_key(address)).status == 200
         assert following.sock is not None
         while select.select([following.sock], [], [], 0)[0]:
             assert following.sock.recv(1_000), "it has not ended"
