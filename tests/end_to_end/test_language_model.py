@@ -82,7 +82,8 @@ async def test_it_speaks_by_its_own_chat_template(loop: Loop) -> None:
     assert (info.vocabulary_size, info.context_length) == (49_152, 8_192)
 
 
-@pytest.mark.parametrize("service", ["policy", pytest.param("trainer", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("service", ["policy", "trainer"])
 def test_policy_and_learner_conform(loop: Loop, model: Path, service: str) -> None:
     given = {"policy": ["--writes"], "trainer": ["--model", str(model)]}[service]
     target = getattr(loop, service).address

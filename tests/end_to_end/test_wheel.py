@@ -141,6 +141,7 @@ def assert_closed_to_strangers(folder: Path, addresses: dict[str, str]) -> None:
             assert set(statuses(service, address, token).values()) == {grpc.StatusCode.UNAUTHENTICATED}
 
 
+@pytest.mark.long
 def test_what_the_readme_shows_step_by_step_works(installed: Installed) -> None:
     (installed.folder / "greetings.py").write_text(ENVIRONMENT.replace("    reveal_type(client)\n", ""))
     (installed.folder / "mulligan.toml").write_text(SETTINGS)

@@ -107,6 +107,7 @@ def test_all_that_is_installed_is_checked_by_hash() -> None:
     assert all(found["integrity"].startswith("sha512-") for name, found in lock.items() if name)
 
 
+@pytest.mark.long
 def test_the_list_of_what_is_installed_has_every_pin() -> None:
     """What `make sbom` writes, by CycloneDX's own tool, where `make lock` or `make sbom` has installed it."""
     program = installed("CYCLONEDX", "sbom")
