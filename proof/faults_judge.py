@@ -2,17 +2,19 @@
 exactly-once steps, policy versions, memory writes, the learner's calls, rewards and authorisation.
 
 What happens to the services says `services/testing/judge/nemesis.py`; what must hold say the modules beside it.
-`faults-judge-planted` has the same services with one bug at a time, of those in `tests/support/planted_bugs.py` and
-`further_bugs.py`: the judge must find each.
+`faults-judge-planted/BUG` has the same services with a bug, of those in `tests/support/planted_bugs.py` and
+`further_bugs.py`: the judge must find it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mulligan.testing.judge.network import CallFaults
@@ -41,18 +43,15 @@ def judged(seed: int, folder: Path) -> dict[str, Any]:
     return trial.summary
 
 
-def planted(folder: Path) -> dict[str, Any]:
-    found = {}
-    bugs = [(module, bug) for module in (planted_bugs, further_bugs) for bug in module.BUGS]
-    for seed, (module, bug) in enumerate(bugs):
-        _empty(folder)
-        settings = judged_run(seed=seed)
-        plugins = {module.HAS[bug]: [f"{module.__name__}:{bug}"]}
-        adversity = Adversity(_PLANTED_TROUBLES, ["kill"], ["env"], _REPEATED, plugins)
-        trial = asyncio.run(hold(folder, settings, adversity, seed=seed))
-        found[bug] = sorted({violation.rule for violation in trial.violations} - {"run"})
-        assert found[bug], f"{bug} was not found"
-    return {"found_by": found}
+def planted(module: ModuleType, bug: str, folder: Path) -> dict[str, Any]:
+    _empty(folder)
+    plugins = {module.HAS[bug]: [f"{module.__name__}:{bug}"]}
+    adversity = Adversity(_PLANTED_TROUBLES, ["kill"], ["env"], _REPEATED, plugins)
+    seed = zlib.crc32(bug.encode())
+    trial = asyncio.run(hold(folder, judged_run(seed=seed), adversity, seed=seed))
+    found_by = sorted({violation.rule for violation in trial.violations} - {"run"})
+    assert found_by, f"{bug} was not found"
+    return {"bug": bug, "service": module.HAS[bug], "found_by": found_by, "violations": len(trial.violations)}
 
 
 def _empty(folder: Path) -> None:
@@ -63,5 +62,9 @@ def _empty(folder: Path) -> None:
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **{f"faults-judge-{seed}": partial(judged, seed) for seed in range(SEEDS)},
-    "faults-judge-planted": planted,
+    **{
+        f"faults-judge-planted/{bug}": partial(planted, module, bug)
+        for module in (planted_bugs, further_bugs)
+        for bug in module.BUGS
+    },
 }
