@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from typing import Any
 
 import grpc
 import structlog
@@ -12,7 +13,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from mulligan.common.errors import Code, DomainError, Reason, incident
+from mulligan.common.errors import CallFailed, Code, DomainError, Reason, incident
 from mulligan.common.text import bounded
 
 log = structlog.get_logger()
@@ -95,6 +96,28 @@ def domain_error(reason: str, message: str, metadata: Mapping[str, str]) -> Doma
     result = DomainError(Reason(reason), message)
     result.metadata = dict(metadata)
     return result
+
+
+def fill_item_error(message: Any, error: DomainError) -> None:
+    """Fills the error of an item in an answer to several requests: `GenerateError`, `StartError`, `StepError` or
+    `AddError`."""
+    message.code = code_number(error.code)
+    message.reason = error.reason
+    message.message = error.message
+    message.metadata.update(error.metadata)
+    if error.retry_after is not None and "retry_delay" in message.DESCRIPTOR.fields_by_name:
+        message.retry_delay.FromTimedelta(error.retry_after)
+
+
+def item_error(message: Any, address: str, call: str) -> DomainError | CallFailed:
+    """What `fill_item_error` wrote, in the answer of the server at `address`. CallFailed where `domain_error` is None.
+    Raises ValueError for a code that is none, and OverflowError for a delay that is too long."""
+    known = domain_error(message.reason, message.message, message.metadata)
+    if known is None:
+        return CallFailed(address, call, message.reason or code_name(message.code), message.message)
+    if "retry_delay" in message.DESCRIPTOR.fields_by_name and message.HasField("retry_delay"):
+        known.retry_after = message.retry_delay.ToTimedelta()
+    return known
 
 
 def _is_usable(name: str, value: str) -> bool:

@@ -22,7 +22,7 @@ import structlog
 
 from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable, invalid_field
-from mulligan.common.status import domain_error
+from mulligan.common.status import item_error
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.tasks import cancel, to_its_end
 from mulligan.common.tracing import Origin, origin, span
@@ -361,7 +361,21 @@ class _StepQueue:
             self._fail(batch, CallFailed(self._connection.endpoint.address, "StepEpisodes", "INTERNAL", wrong))
             return []
         pairs = zip(batch, response.items, strict=True)
-        return [waiting for waiting, item in pairs if not _settle(waiting.future, item)]
+        return [waiting for waiting, item in pairs if not self._settle(waiting.future, item)]
+
+    def _settle(self, future: asyncio.Future[_Answer], item: pb.StepEpisodesResponse.Item) -> bool:
+        """Completes the future if the item has a result. Returns whether it is complete."""
+        if future.done():  # its caller was cancelled
+            return True
+        kind = item.WhichOneof("result")
+        if kind == "step":
+            future.set_result(step_from_proto(item.step))
+        elif kind == "error":
+            address = self._connection.endpoint.address
+            future.set_exception(
+                self._connection.read(lambda one: item_error(one, address, "StepEpisodes"), item.error)
+            )
+        return future.done()
 
     def _fail(self, batch: list[_Waiting], error: Exception) -> None:
         # One bad step may have caused the error for all: repeat each in a unary call.
@@ -396,20 +410,3 @@ def _split_off(waiting: deque[_Waiting], count: int) -> list[_Waiting]:
         seen.add(item.episode_id)
     waiting.extendleft(reversed(later))
     return batch
-
-
-def _settle(future: asyncio.Future[_Answer], item: pb.StepEpisodesResponse.Item) -> bool:
-    """Completes the future if the item has a result. Returns whether it is complete."""
-    if future.done():  # its caller was cancelled
-        return True
-    kind = item.WhichOneof("result")
-    if kind == "step":
-        future.set_result(step_from_proto(item.step))
-    elif kind == "error":
-        future.set_exception(_error(item.error))
-    return future.done()
-
-
-def _error(error: pb.StepError) -> Exception:
-    known = domain_error(error.reason, error.message, error.metadata)
-    return known or CallFailed("a newer server", "StepEpisodes", error.reason, error.message)

@@ -9,7 +9,7 @@ from google.protobuf import duration_pb2
 
 from mulligan.common.errors import DomainError, invalid_field
 from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
-from mulligan.common.status import code_number
+from mulligan.common.status import fill_item_error
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split
 from mulligan.common.wire import outcome_to_proto, tools_to_proto
 from mulligan.env.calls import StartResult
@@ -68,12 +68,9 @@ class EnvServicer(pb_grpc.EnvServiceServicer):
             return pb.StartEpisodesResponse.Item(pending=pb.StartPending())
         if isinstance(answer, StartResult):
             return pb.StartEpisodesResponse.Item(episode=self._begun(answer))
-        error = pb.StartError(
-            code=code_number(answer.code), reason=answer.reason, message=answer.message, metadata=answer.metadata
-        )
-        if answer.retry_after is not None:
-            error.retry_delay.FromTimedelta(answer.retry_after)
-        return pb.StartEpisodesResponse.Item(error=error)
+        item = pb.StartEpisodesResponse.Item()
+        fill_item_error(item.error, answer)
+        return item
 
     def _begun(self, begun: StartResult) -> pb.StartEpisodeResponse:
         return pb.StartEpisodeResponse(observation=begun.observation, lease=self._lease, player=begun.player)
@@ -149,11 +146,7 @@ def _fill_item(item: pb.StepEpisodesResponse.Item, answer: StepAnswer | None) ->
     elif isinstance(answer, EpisodeStep):
         _fill_step(item.step, answer)
     else:
-        error = item.error
-        error.code = code_number(answer.code)
-        error.reason = answer.reason
-        error.message = answer.message
-        error.metadata.update(answer.metadata)
+        fill_item_error(item.error, answer)
 
 
 def _info(name: str, info: EnvironmentInfo) -> pb.EnvironmentInfo:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 from mulligan.common.channel import Connection, is_for_later
-from mulligan.common.errors import CallFailed, ServiceUnavailable
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.gathering import Gathering, cancel_without_callers
-from mulligan.common.status import domain_error
+from mulligan.common.status import item_error
 from mulligan.common.tasks import cancel
 from mulligan.common.tracing import Origin, origin, span
 from mulligan.env.v1 import env_service_pb2 as pb
@@ -136,18 +136,12 @@ class StartQueue:
         if not item.HasField("error"):  # StartEpisode waits for it
             future.set_result(None)
             return
-        error = item.error
-        known = domain_error(error.reason, error.message, error.metadata)
-        if known is None:
-            address = self._connection.endpoint.address
-            future.set_exception(CallFailed(address, "StartEpisodes", error.reason or "UNKNOWN", error.message))
-            return
-        if error.HasField("retry_delay"):
-            known.retry_after = self._connection.read(lambda one: one.retry_delay.ToTimedelta(), error)
-        if is_for_later(known):
+        address = self._connection.endpoint.address
+        error = self._connection.read(lambda one: item_error(one, address, "StartEpisodes"), item.error)
+        if isinstance(error, DomainError) and is_for_later(error):
             future.set_result(None)  # StartEpisode waits and tries again
         else:
-            future.set_exception(known)
+            future.set_exception(error)
 
     def _fail(self, batch: Sequence[_WaitingStart], error: Exception) -> None:
         if isinstance(error, CallFailed) and error.code == "UNIMPLEMENTED":

@@ -6,8 +6,8 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mulligan.common.channel import Connection, Endpoint
-from mulligan.common.errors import CallFailed
+from mulligan.common.channel import Connection, Endpoint, is_for_later
+from mulligan.common.errors import CallFailed, DomainError
 from mulligan.common.numbers import not_negative
 from mulligan.common.reflections import (
     Addition,
@@ -102,7 +102,8 @@ class MemoryClient:
 
     async def add_all(self, additions: Sequence[Addition]) -> list[str]:
         """Adds them in this order, each as `add` does, and returns their ids. Raises the first error; the others are
-        added all the same, unless the server is of an earlier release: then those after it are not."""
+        added all the same, unless the server is of an earlier release: then those after it are not. What the server
+        asks to send later comes after the others of its call."""
         found: list[str] = []
         for part in _parts(additions):
             found += await self._add_part(part)
@@ -117,13 +118,23 @@ class MemoryClient:
         if len(part) > 1 and self._adds_many:
             try:
                 answer = await self._call(self._stub.AddReflections, pb.AddReflectionsRequest(reflections=requests))
-                address = self._connection.endpoint.address
-                return self._connection.read(lambda given: wire.added_from_proto(given, len(part), address), answer)
             except CallFailed as error:
                 if error.code != "UNIMPLEMENTED":
                     raise
                 self._adds_many = False
+            else:
+                address = self._connection.endpoint.address
+                found = self._connection.read(lambda given: wire.added_from_proto(given, len(part), address), answer)
+                return [await self._added(one, request) for one, request in zip(found, requests, strict=True)]
         return [(await self._call(self._stub.AddReflection, request)).reflection_id for request in requests]
+
+    async def _added(self, found: str | DomainError | CallFailed, request: pb.AddReflectionRequest) -> str:
+        if isinstance(found, str):
+            return found
+        if isinstance(found, DomainError) and is_for_later(found):  # AddReflection waits and tries again
+            response: pb.AddReflectionResponse = await self._call(self._stub.AddReflection, request)
+            return response.reflection_id
+        raise found
 
     async def get(self, reflection_id: str) -> StoredReflection:
         response = await self._call(self._stub.GetReflection, pb.GetReflectionRequest(reflection_id=reflection_id))

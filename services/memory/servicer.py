@@ -24,7 +24,7 @@ from mulligan.common.reflections import (
     UseOutcome,
 )
 from mulligan.common.run_credentials import RunGuard
-from mulligan.common.status import code_number
+from mulligan.common.status import fill_item_error
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.memory import metrics, wire
 from mulligan.memory.embedder import Embedder
@@ -232,10 +232,9 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
 def _item(answer: pb.AddReflectionResponse | DomainError) -> pb.AddReflectionsResponse.Item:
     if isinstance(answer, pb.AddReflectionResponse):
         return pb.AddReflectionsResponse.Item(added=answer)
-    error = pb.AddError(
-        code=code_number(answer.code), reason=answer.reason, message=answer.message, metadata=answer.metadata
-    )
-    return pb.AddReflectionsResponse.Item(error=error)
+    item = pb.AddReflectionsResponse.Item()
+    fill_item_error(item.error, answer)
+    return item
 
 
 def _checked_strategies(query: ReflectionQuery) -> set[RetrievalStrategy]:

@@ -31,7 +31,7 @@ from mulligan.common.reflections import (
     Uplift,
     Use,
 )
-from mulligan.common.status import code_name, domain_error
+from mulligan.common.status import item_error
 from mulligan.memory.v1 import memory_service_pb2 as pb
 
 E = TypeVar("E", bound=StrEnum)
@@ -100,23 +100,19 @@ def addition_to_proto(
     )
 
 
-def added_from_proto(answer: pb.AddReflectionsResponse, count: int, address: str) -> list[str]:
-    """The ids of `count` reflections. Raises what the first of them failed with, DomainError or CallFailed, and
-    ValueError for an answer that violates the contract."""
+def added_from_proto(
+    answer: pb.AddReflectionsResponse, count: int, address: str
+) -> list[str | DomainError | CallFailed]:
+    """The ids of `count` reflections, or what they failed with. Raises ValueError for an answer that violates the
+    contract."""
     if len(answer.items) != count:
         raise ValueError(f"{len(answer.items)} items for {count} reflections")
-    for item in answer.items:
-        kind = item.WhichOneof("result")
-        if kind is None:
-            raise ValueError("an item has no result")
-        if kind == "error":
-            raise _add_error(item.error, address)
-    return [item.added.reflection_id for item in answer.items]
-
-
-def _add_error(error: pb.AddError, address: str) -> DomainError | CallFailed:
-    known = domain_error(error.reason, error.message, error.metadata)
-    return known or CallFailed(address, "AddReflections", error.reason or code_name(error.code), error.message)
+    if any(item.WhichOneof("result") is None for item in answer.items):
+        raise ValueError("an item has no result")
+    return [
+        item_error(item.error, address, "AddReflections") if item.HasField("error") else item.added.reflection_id
+        for item in answer.items
+    ]
 
 
 def reflection_to_proto(reflection: StoredReflection) -> pb.StoredReflection:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 from mulligan.common.channel import Connection, is_for_later
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.gathering import Gathering, cancel_without_callers
+from mulligan.common.status import item_error
 from mulligan.common.tasks import cancel
 from mulligan.common.tracing import Origin, origin, span
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
-from mulligan.policy.wire import generate_error_from_proto
 
 _MAX_BATCH = 256  # requests in one call
 _MAX_BATCH_BYTES = 2 * 2**20
@@ -115,7 +115,7 @@ class GenerateQueue:
             if kind == "response":
                 future.set_result(item.response)
                 continue
-            error = generate_error_from_proto(item.error, self._connection.endpoint.address)
+            error = item_error(item.error, self._connection.endpoint.address, "GenerateMany")
             if isinstance(error, DomainError) and is_for_later(error):
                 future.set_result(None)  # Generate waits and tries again
             else:

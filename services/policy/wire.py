@@ -7,7 +7,7 @@ from datetime import UTC, timedelta
 from typing import Any
 
 from mulligan.common import numbers
-from mulligan.common.errors import CallFailed, Code, DomainError
+from mulligan.common.errors import Code, DomainError
 from mulligan.common.inference import (
     CallOptions,
     CanaryProbe,
@@ -27,7 +27,7 @@ from mulligan.common.inference import (
     VersionState,
     WeightsKind,
 )
-from mulligan.common.status import code_name, code_number, domain_error, fault
+from mulligan.common.status import code_number, fault, fill_item_error
 from mulligan.common.wire import (
     messages_from_proto,
     messages_to_proto,
@@ -261,22 +261,9 @@ def many_to_proto(items: Iterable[pb.GenerateManyResponse.Item]) -> Iterator[pb.
 def generate_error_to_proto(error: Exception) -> pb.GenerateError:
     if not isinstance(error, DomainError):
         return pb.GenerateError(code=code_number(Code.INTERNAL), message=fault(error))
-    message = pb.GenerateError(
-        code=code_number(error.code), reason=error.reason, message=error.message, metadata=error.metadata
-    )
-    if error.retry_after is not None:
-        message.retry_delay.FromTimedelta(error.retry_after)
+    message = pb.GenerateError()
+    fill_item_error(message, error)
     return message
-
-
-def generate_error_from_proto(error: pb.GenerateError, address: str) -> DomainError | CallFailed:
-    """The error of the server at `address`. Raises ValueError for a code that is none."""
-    known = domain_error(error.reason, error.message, error.metadata)
-    if known is None:
-        return CallFailed(address, "GenerateMany", error.reason or code_name(error.code), error.message)
-    if error.HasField("retry_delay"):
-        known.retry_after = error.retry_delay.ToTimedelta()
-    return known
 
 
 def _check_sampled(message: pb.Completion | pb.StreamGenerateResponse) -> None:

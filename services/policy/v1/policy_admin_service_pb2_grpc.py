@@ -35,8 +35,8 @@ class PolicyAdminServiceStub:
     can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     Calls that name a version, or change the one that serves, can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if
     it is one record that is damaged, `record`. A version whose record is damaged when the service starts is listed as
-    removed, with that problem, and may be published again. Every call to a policy that PolicyService refuses with
-    STATE_DAMAGED is so refused, but LoadModel opens a model in it, and UnloadModel forgets it.
+    removed, with that problem, and may be published again. A policy whose calls PolicyService refuses with STATE_DAMAGED is
+    refused here, too, except that LoadModel opens a model in it, and UnloadModel forgets it.
     """
 
     def __init__(self, channel):
@@ -97,8 +97,8 @@ class PolicyAdminServiceServicer:
     can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     Calls that name a version, or change the one that serves, can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if
     it is one record that is damaged, `record`. A version whose record is damaged when the service starts is listed as
-    removed, with that problem, and may be published again. Every call to a policy that PolicyService refuses with
-    STATE_DAMAGED is so refused, but LoadModel opens a model in it, and UnloadModel forgets it.
+    removed, with that problem, and may be published again. A policy whose calls PolicyService refuses with STATE_DAMAGED is
+    refused here, too, except that LoadModel opens a model in it, and UnloadModel forgets it.
     """
 
     def LoadModel(self, request, context):
@@ -259,8 +259,8 @@ class PolicyAdminService:
     can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     Calls that name a version, or change the one that serves, can return DATA_LOSS STATE_DAMAGED, metadata `file` and, if
     it is one record that is damaged, `record`. A version whose record is damaged when the service starts is listed as
-    removed, with that problem, and may be published again. Every call to a policy that PolicyService refuses with
-    STATE_DAMAGED is so refused, but LoadModel opens a model in it, and UnloadModel forgets it.
+    removed, with that problem, and may be published again. A policy whose calls PolicyService refuses with STATE_DAMAGED is
+    refused here, too, except that LoadModel opens a model in it, and UnloadModel forgets it.
     """
 
     @staticmethod

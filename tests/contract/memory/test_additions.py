@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason
 from mulligan.common.reflections import Addition, Labels, Provenance
+from mulligan.common.status import fill_item_error
 from mulligan.memory.client import MemoryClient
 from mulligan.memory.servicer import MemoryServicer
 from mulligan.memory.store import Added, NewReflection, add_all
@@ -113,6 +115,22 @@ async def test_many_and_long_ones_are_several_calls(tmp_path: Path, monkeypatch:
         await client.add_all([*additions("a", "b", "c"), *additions("d", text="d" * 101), *additions("e")])
         assert servicer.calls == [["a", "b"], ["c"], ["d"], ["e"]]
         assert [version for _, version in await texts(client)] == [1, 2, 3, 4, 5]
+
+
+async def test_what_is_to_be_sent_later_is_added_by_a_call_of_its_own(tmp_path: Path) -> None:
+    class Full(Counted):
+        async def answer(self, request: pb.AddReflectionsRequest, context: Any) -> pb.AddReflectionsResponse:
+            answer = await super().answer(pb.AddReflectionsRequest(reflections=request.reflections[1:]), context)
+            later = DomainError(Reason.CALLER_LIMIT, "full", retry_after=timedelta(milliseconds=1))
+            answer.items.insert(0, pb.AddReflectionsResponse.Item())
+            fill_item_error(answer.items[0].error, later)
+            return answer
+
+    async with serving(tmp_path, Full) as (servicer, client):
+        ids = await client.add_all(additions("a", "b", "c"))
+        assert servicer.calls == [["a", "b", "c"], ["a"]]
+        assert await texts(client) == [("text b", 1), ("text c", 2), ("text a", 3)]
+        assert sorted(ids) == sorted(one.reflection_id for one in await client.list("scope"))
 
 
 def too_few(answer: pb.AddReflectionsResponse) -> None:
