@@ -24,11 +24,13 @@ from tests.support import further_bugs, planted_bugs
 TROUBLES = 12
 SEEDS = 5
 _PLANTED_TROUBLES = 3
-# Every answer to them is lost once, so that each is repeated.
+_PLANTED_STEPS = 4  # the first step finds nothing in the memory
+# Every answer to them is lost once, so that each is repeated. None to ReportOutcome: the first answer alone says what
+# counted.
 _REPEATED = CallFaults(
     lost_once=frozenset(
         {
-            *("StartEpisodes", "StepEpisodes", "StepEpisode", "AddReflection", "AddReflections", "ReportOutcome"),
+            *("StartEpisodes", "StepEpisodes", "StepEpisode", "AddReflection", "AddReflections"),
             *("ForwardBackward", "OptimStep"),
         }
     )
@@ -46,9 +48,13 @@ def judged(seed: int, folder: Path) -> dict[str, Any]:
 def planted(module: ModuleType, bug: str, folder: Path) -> dict[str, Any]:
     _empty(folder)
     plugins = {module.HAS[bug]: [f"{module.__name__}:{bug}"]}
-    adversity = Adversity(_PLANTED_TROUBLES, ["kill"], ["env"], _REPEATED, plugins)
+    adversity = Adversity(
+        _PLANTED_TROUBLES, ["kill"], _PLANTED_STEPS, victims=["env"], faults=_REPEATED, plugins=plugins
+    )
     seed = zlib.crc32(bug.encode())
-    trial = asyncio.run(hold(folder, judged_run(seed=seed), adversity, seed=seed))
+    # What an env server loses when it is killed stays lost: nothing else shows how failures count.
+    settings = judged_run(seed=seed, rollout={"max_restarts": 0}, evaluation={"every": 2})
+    trial = asyncio.run(hold(folder, settings, adversity, seed=seed))
     found_by = sorted({violation.rule for violation in trial.violations} - {"run"})
     assert found_by, f"{bug} was not found"
     return {"bug": bug, "service": module.HAS[bug], "found_by": found_by, "violations": len(trial.violations)}

@@ -91,18 +91,19 @@ class JudgedRun:
 @dataclass(frozen=True, slots=True)
 class Adversity:
     """So many troubles, of these kinds. `victims` are the services that are killed or cut off, `faults` those of the
-    network, `plugins` those of `launch.py`, by service."""
+    network, `plugins` those of `launch.py`, by service. The run trains at least `steps` steps."""
 
     troubles: int
     kinds: Sequence[str] = TROUBLES
+    steps: int = 0
     victims: Sequence[str] = NAMES
     faults: CallFaults = CallFaults()
     plugins: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 async def hold(folder: Path, settings: RunSettings, adversity: Adversity, *, seed: int) -> JudgedRun:
-    """Trains by these settings, until all troubles have happened and a step after them is trained, or the run has
-    ended."""
+    """Trains by these settings, until all troubles have happened and a step after them is trained, and not fewer than
+    `adversity.steps`, or the run has ended."""
     chance = random.Random(seed)
     services = ServiceProcesses(folder)
     cluster = Cluster(folder, services, chance, adversity.faults, adversity.plugins)
@@ -111,7 +112,7 @@ async def hold(folder: Path, settings: RunSettings, adversity: Adversity, *, see
         await cluster.start()
         nemesis = Nemesis(cluster, random.Random(chance.random()), adversity.kinds, adversity.victims)
         with recorded(driver):
-            final = await _train(cluster, nemesis, settings, adversity.troubles, chance)
+            final = await _train(cluster, nemesis, settings, adversity, chance)
     finally:
         await cluster.stop()
     calls = history.read(folder / "history")
@@ -124,7 +125,7 @@ async def hold(folder: Path, settings: RunSettings, adversity: Adversity, *, see
 
 
 async def _train(
-    cluster: Cluster, nemesis: Nemesis, settings: RunSettings, troubles: int, chance: random.Random
+    cluster: Cluster, nemesis: Nemesis, settings: RunSettings, adversity: Adversity, chance: random.Random
 ) -> Final:
     record = CallRecorder(to_file(cluster.folder / "history" / "strangers.jsonl"), "stranger")
     addresses = {cluster.processes[name].address: served for name, served in SERVED.items()}
@@ -139,12 +140,12 @@ async def _train(
             trying = Strangers(addresses, tokens, record, chance, intruders, ca=cluster.ca.read_bytes())
             strangers = group.create_task(trying.try_on())
             await clients[0].start(RUN_ID, settings)
-            raging = group.create_task(nemesis.rage(troubles))
+            raging = group.create_task(nemesis.rage(adversity.troubles))
             running = group.create_task(_ended(clients[0]))
             await asyncio.wait([raging, running], return_when=asyncio.FIRST_COMPLETED)
             cluster.calm()
             if not running.done():
-                await _another_step(clients[0], running)
+                await _another_step(clients[0], running, adversity.steps)
                 await clients[0].stop(RUN_ID)
             await running
             for task in (raging, strangers):
@@ -155,11 +156,11 @@ async def _train(
             await client.close()
 
 
-async def _another_step(client: RunClient, running: asyncio.Task[None]) -> None:
-    """Waits until the run has trained a step more, or has ended. A run that begins again at its checkpoint has trained
-    fewer for a while."""
-    before = (await client.get(RUN_ID)).step
-    while not running.done() and (await client.get(RUN_ID)).step <= before:  # noqa: ASYNC110 - in another process
+async def _another_step(client: RunClient, running: asyncio.Task[None], least: int) -> None:
+    """Waits until the run has trained a step more and at least `least`, or has ended. A run that begins again at its
+    checkpoint has trained fewer for a while."""
+    enough = max((await client.get(RUN_ID)).step + 1, least)
+    while not running.done() and (await client.get(RUN_ID)).step < enough:  # noqa: ASYNC110 - in another process
         await asyncio.sleep(_LOOK_SECONDS)
 
 

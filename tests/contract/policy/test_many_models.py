@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import uuid
 import weakref
 
 import pytest
@@ -63,32 +64,39 @@ async def test_changes_whose_callers_left_are_not_without_end(monkeypatch: pytes
         await load_model("c", "two")
 
 
+def unique() -> str:
+    """A policy of no other test: the series of a policy stay in the process when its server ends."""
+    return f"p{uuid.uuid4().hex}"
+
+
 async def test_a_policy_that_is_gone_has_no_metrics() -> None:
     """Callers choose the names."""
     async with started() as running:
-        await running.client.load_model("gone", "two")
-        await running.serves("two", 0, "gone")
-        assert 'mulligan_policy_sampled_tokens_total{policy="gone"}' in generate_latest(REGISTRY).decode()
-        await running.client.unload_model("gone")
-        assert '"gone"' not in generate_latest(REGISTRY).decode()
+        gone = unique()
+        await running.client.load_model(gone, "two")
+        await running.serves("two", 0, gone)
+        assert f'mulligan_policy_sampled_tokens_total{{policy="{gone}"}}' in generate_latest(REGISTRY).decode()
+        await running.client.unload_model(gone)
+        assert gone not in generate_latest(REGISTRY).decode()
 
 
 async def test_policies_beyond_the_named_ones_share_their_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Callers choose the names, and Prometheus keeps each for long."""
     monkeypatch.setattr("mulligan.policy.metrics.NAMES", BoundedNames(most=2))
     async with started() as running:
-        for name in ("named", "third", "fourth"):
+        named, third, fourth = unique(), unique(), unique()
+        for name in (named, third, fourth):
             await running.client.load_model(name, "two")
         text = generate_latest(REGISTRY).decode()
-        assert 'mulligan_policy_sampled_tokens_total{policy="named"}' in text
-        assert 'policy="third"' not in text and 'policy="fourth"' not in text
+        assert f'mulligan_policy_sampled_tokens_total{{policy="{named}"}}' in text
+        assert third not in text and fourth not in text
         assert 'mulligan_policy_sampled_tokens_total{policy="other"}' in text
         gauges = {sample.labels["policy"] for each in running.served.policies.collect() for sample in each.samples}
-        assert gauges == {"actor", "named"}
-        for name in ("third", "named"):
+        assert gauges == {"actor", named}
+        for name in (third, named):
             await running.client.unload_model(name)
         text = generate_latest(REGISTRY).decode()
-        assert 'policy="named"' not in text and 'policy="other"' in text
+        assert named not in text and 'policy="other"' in text
 
 
 async def test_a_replaced_model_is_forgotten_with_its_sessions() -> None:
