@@ -25,6 +25,7 @@ TROUBLES = 12
 SEEDS = 5
 _PLANTED_TROUBLES = 3
 _PLANTED_STEPS = 4  # the first step finds nothing in the memory
+_OF_FAILURES = ("failure_is_reward_zero", "lost_episode_counts_as_cut")
 # Every answer to them is lost once, so that each is repeated. None to ReportOutcome: the first answer alone says what
 # counted.
 _REPEATED = CallFaults(
@@ -52,8 +53,9 @@ def planted(module: ModuleType, bug: str, folder: Path) -> dict[str, Any]:
         _PLANTED_TROUBLES, ["kill"], _PLANTED_STEPS, victims=["env"], faults=_REPEATED, plugins=plugins
     )
     seed = zlib.crc32(bug.encode())
-    # What an env server loses when it is killed stays lost: nothing else shows how failures count.
-    settings = judged_run(seed=seed, rollout={"max_restarts": 0}, evaluation={"every": 2})
+    # How failures count shows when what an env server loses stays lost.
+    rollout = {"max_restarts": 0} if bug in _OF_FAILURES else {}
+    settings = judged_run(seed=seed, rollout=rollout, evaluation={"every": 2})
     trial = asyncio.run(hold(folder, settings, adversity, seed=seed))
     found_by = sorted({violation.rule for violation in trial.violations} - {"run"})
     assert found_by, f"{bug} was not found"

@@ -210,9 +210,8 @@ async def test_a_deterministic_run_killed_and_resumed_ends_with_bit_equal_weight
     client = loop.client()
     await client.start("cut", settings)
     loop.trainer.forked = False  # the order of sets is another one in each process
-    for _ in range(3):
-        await loop.journal_grows("cut", 8_000)
-        loop.trainer.restart()
+    await loop.journal_grows("cut", 8_000)
+    loop.trainer.restart()
     await loop.ended(client, "cut")
     await client.close()
     expected = loop.weights("whole", 3)

@@ -45,13 +45,7 @@ FOUND_BY = {
 
 # They show when entries are read, which the first step has none of.
 _READING = ("same_reward_for_every_use", "entries_read_twice", "entry_hidden_from_queries")
-_SHORT = (
-    "write_lost",
-    "role_not_checked",
-    "lost_episode_counts_as_cut",
-    "credential_of_any_run_counts",
-    "gradient_added_twice",
-)
+_SHORT = ("write_lost", "credential_of_any_run_counts", "gradient_added_twice")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from mulligan.common.gathering import Gathering
-from tests.support.waiting import until
+from tests.support.virtual_time import run_in_virtual_time
 
 LONG = 3600.0
 
@@ -51,19 +51,24 @@ async def test_while_a_call_is_under_way_others_wait_for_its_end() -> None:
     assert sent.batches == [[1, 2]]
 
 
-async def test_nobody_waits_for_longer_than_the_time_that_is_set() -> None:
-    sent = Sent(seconds=0.01)
-    with sent.gathering.under_way():
-        sent.put(1)
-        await asyncio.sleep(0.005)
-        sent.put(2)
-        await until(lambda: bool(sent.batches))
-        assert sent.batches == [[1, 2]]
-        sent.put(3)
-        await ticks()
-        assert sent.batches == [[1, 2]], "the time begins anew"
-    await ticks()
-    assert sent.batches == [[1, 2], [3]]
+def test_nobody_waits_for_longer_than_the_time_that_is_set() -> None:
+    async def gathered() -> None:
+        sent = Sent(seconds=10.0)
+        with sent.gathering.under_way():
+            sent.put(1)
+            await asyncio.sleep(6.0)
+            sent.put(2)
+            await asyncio.sleep(3.0)
+            assert sent.batches == []
+            await asyncio.sleep(2.0)
+            assert sent.batches == [[1, 2]]
+            sent.put(3)
+            await asyncio.sleep(9.0)
+            assert sent.batches == [[1, 2]], "the time begins anew"
+            await asyncio.sleep(2.0)
+            assert sent.batches == [[1, 2], [3]]
+
+    run_in_virtual_time(gathered())
 
 
 async def test_as_many_as_a_call_takes_do_not_wait() -> None:

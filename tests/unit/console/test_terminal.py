@@ -64,9 +64,8 @@ class Looked:
     async def filter(self, typed: str, begins: str = "", until: str = "") -> str:
         """The screen, once it begins with this, or `until` stands on it."""
         await self.press("slash")
-        field = self.app.screen.query_one(Input)
-        field.value = ""
-        await self._pilot.press(*typed, "enter")
+        self.app.screen.query_one(Input).value = typed
+        await self._pilot.press("enter")
         await self.wait(lambda: self.text.startswith(begins) and until in self.text)
         return self.text
 

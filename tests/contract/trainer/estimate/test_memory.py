@@ -32,6 +32,9 @@ from tests.support.tensor_bytes import TensorBytes
 from tests.support.tiny_model import VOCABULARY_SIZE, write_model
 
 GIB = 2**30
+# Each two values of rank, type and checkpointing together.
+EACH_PAIR = [(0, "float32", False), (0, "bfloat16", True), (8, "float32", True), (8, "bfloat16", False)]
+THE_OTHERS = [(rank, dtype, not checkpointing) for rank, dtype, checkpointing in EACH_PAIR]
 SIZES: dict[str, Any] = {"max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 
 
@@ -104,9 +107,10 @@ def bytes_of_a_step(
     return kept, counted.peak - kept
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize(
+    ("rank", "dtype", "checkpointing"),
+    [*EACH_PAIR, *(pytest.param(*values, marks=pytest.mark.long) for values in THE_OTHERS)],
+)
 def test_the_estimate_is_that_of_a_real_learner(folder: Path, rank: int, dtype: str, checkpointing: bool) -> None:
     tokens = 512
     kept, added = bytes_of_a_step(folder, tokens, rank, dtype, checkpointing)

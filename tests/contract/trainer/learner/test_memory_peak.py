@@ -42,6 +42,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 def test_the_head_never_holds_all_tokens_times_a_large_vocabulary(tmp_path: Path) -> None:
     config = LlamaConfig(
