@@ -24,6 +24,7 @@ from tests.support import further_bugs, planted_bugs
 TROUBLES = 12
 SEEDS = 5
 _PLANTED_TROUBLES = 3
+_TROUBLES_OF_FAILURES = 10  # a kill costs an attempt only where one is being played
 _PLANTED_STEPS = 4  # the first step finds nothing in the memory
 _OF_FAILURES = ("failure_is_reward_zero", "lost_episode_counts_as_cut")
 # Every answer to them is lost once, so that each is repeated. None to ReportOutcome: the first answer alone says what
@@ -49,12 +50,11 @@ def judged(seed: int, folder: Path) -> dict[str, Any]:
 def planted(module: ModuleType, bug: str, folder: Path) -> dict[str, Any]:
     _empty(folder)
     plugins = {module.HAS[bug]: [f"{module.__name__}:{bug}"]}
-    adversity = Adversity(
-        _PLANTED_TROUBLES, ["kill"], _PLANTED_STEPS, victims=["env"], faults=_REPEATED, plugins=plugins
-    )
+    troubles, rollout = _PLANTED_TROUBLES, {}
+    if bug in _OF_FAILURES:  # they show when what an env server loses stays lost
+        troubles, rollout = _TROUBLES_OF_FAILURES, {"max_restarts": 0}
+    adversity = Adversity(troubles, ["kill"], _PLANTED_STEPS, victims=["env"], faults=_REPEATED, plugins=plugins)
     seed = zlib.crc32(bug.encode())
-    # How failures count shows when what an env server loses stays lost.
-    rollout = {"max_restarts": 0} if bug in _OF_FAILURES else {}
     settings = judged_run(seed=seed, rollout=rollout, evaluation={"every": 2})
     trial = asyncio.run(hold(folder, settings, adversity, seed=seed))
     found_by = sorted({violation.rule for violation in trial.violations} - {"run"})

@@ -23,8 +23,9 @@ from mulligan.testing.processes import ServiceProcesses
 # A shell that runs the suite in the background has it ignore interrupts; the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes depends on what else the machine does.
-settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("quick", settings.get_profile("tests"), max_examples=20)  # of `make unit`
+settings.register_profile("thorough", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=100)
+settings.register_profile("tests", settings.get_profile("thorough"), max_examples=50)
+settings.register_profile("quick", settings.get_profile("thorough"), max_examples=20)  # of `make unit`
 settings.load_profile("tests")
 # By default structlog has rich format tracebacks, with all local variables: seconds of computing for each.
 structlog.configure(

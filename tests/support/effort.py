@@ -1,4 +1,4 @@
-"""How much a test tries: less in `make unit`, which an author runs again and again."""
+"""How much a test tries: less in `make test`, and still less in `make unit`, which an author runs again and again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ LINEAR_TIME = pytest.mark.timeout(60)  # of a test that reads such texts in a fr
 
 
 def examples(count: int) -> int:
-    """So many examples in `make test`; in a quicker profile (conftest.py), its share of them."""
-    share = settings().max_examples / settings.get_profile("tests").max_examples
+    """So many examples with the profile `thorough`; in a quicker one (conftest.py), its share of them."""
+    share = settings().max_examples / settings.get_profile("thorough").max_examples
     return max(1, int(count * share))

@@ -49,16 +49,11 @@ def reward_given_to_each_repetition(patch: Patch) -> None:
 
 def text_cut(patch: Patch) -> None:
     """The memory keeps half of a text."""
-    from mulligan.memory.servicer import MemoryServicer
 
-    add = MemoryServicer._added
+    def cut(request: Any) -> None:
+        request.text = request.text[: max(1, len(request.text) // 2)]
 
-    async def half(self: Any, requests: Any, context: Any) -> Any:
-        for request in requests:
-            request.text = request.text[: max(1, len(request.text) // 2)]
-        return await add(self, requests, context)
-
-    patch(MemoryServicer, "_added", half)
+    _stored_otherwise(patch, cut)
 
 
 def lost_episode_counts_as_cut(patch: Patch) -> None:
@@ -108,13 +103,14 @@ def labels_lost(patch: Patch) -> None:
 def _stored_otherwise(patch: Patch, change: Callable[[Any], None]) -> None:
     from mulligan.memory.servicer import MemoryServicer
 
-    add = MemoryServicer.AddReflection
+    add = MemoryServicer._added
 
-    async def changed(self: Any, request: Any, context: Any) -> Any:
-        change(request)
-        return await add(self, request, context)
+    async def changed(self: Any, requests: Any, context: Any) -> Any:
+        for request in requests:
+            change(request)
+        return await add(self, requests, context)
 
-    patch(MemoryServicer, "AddReflection", changed)
+    patch(MemoryServicer, "_added", changed)
 
 
 def lesson_with_another_reward(patch: Patch) -> None:
