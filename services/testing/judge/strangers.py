@@ -68,6 +68,7 @@ class Strangers:
         self._ca = ca
         self._credentials: dict[str, list[str]] = {}  # by call: those that are still to be tried, the last one first
         self.made = 0
+        self.tried_each_call = asyncio.Event()
 
     async def try_on(self) -> None:
         """Until it is cancelled: each call once, then each again with another credential."""
@@ -76,6 +77,8 @@ class Strangers:
         try:
             while True:
                 if not waiting:
+                    if self.made:
+                        self.tried_each_call.set()
                     waiting = self._chance.sample(self._calls, len(self._calls))
                 address, method = waiting.pop()
                 await self._try(channels[address], method)

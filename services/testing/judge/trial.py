@@ -102,8 +102,8 @@ class Adversity:
 
 
 async def hold(folder: Path, settings: RunSettings, adversity: Adversity, *, seed: int) -> JudgedRun:
-    """Trains by these settings, until all troubles have happened and a step after them is trained, and not fewer than
-    `adversity.steps`, or the run has ended."""
+    """Trains by these settings, until all troubles have happened, a step after them is trained, and not fewer than
+    `adversity.steps`, and the strangers have made each call, or the run has ended."""
     chance = random.Random(seed)
     services = ServiceProcesses(folder)
     cluster = Cluster(folder, services, chance, adversity.faults, adversity.plugins)
@@ -146,6 +146,9 @@ async def _train(
             cluster.calm()
             if not running.done():
                 await _another_step(clients[0], running, adversity.steps)
+                tried = group.create_task(trying.tried_each_call.wait())
+                await asyncio.wait([tried, running], return_when=asyncio.FIRST_COMPLETED)
+                tried.cancel()
                 await clients[0].stop(RUN_ID)
             await running
             for task in (raging, strangers):
