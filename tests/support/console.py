@@ -7,18 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 from urllib.parse import urlsplit
 
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.support.found import require_chromium
 from tests.support.paths import IMPORT_ROOTS
 
 CONSOLE_KEY = "the-key-of-every-console-of-tests"
+T = TypeVar("T")
 
 
 @contextmanager
@@ -69,6 +72,12 @@ def _address(lines: IO[str]) -> str:
         if found := re.search(r"https?://[^\s/?]+", line):
             return found[0]
     raise AssertionError(f"the console did not start:\n{read}")
+
+
+def until(chrome: Chrome, condition: Callable[[Chrome], T]) -> T:
+    """What the condition returns, once it is true. Meanwhile the page may change, and another one may come."""
+    changing = (NoSuchElementException, StaleElementReferenceException)
+    return WebDriverWait(chrome, 60, 0.05, ignored_exceptions=changing).until(condition)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
 
 from mulligan.common.certificates import Certificates
 from mulligan.console.reading import index_file
@@ -24,7 +25,7 @@ from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.recorded_runs import write_run
 from mulligan.trainer.folder import RunState
-from tests.support.console import browser, console, with_key
+from tests.support.console import browser, console, until, with_key
 from tests.support.paths import IMPORT_ROOTS
 from tests.support.waiting import wait_until
 
@@ -162,25 +163,30 @@ async def test_a_run_is_stopped_and_resumed(services: ServiceProcesses, key_file
     options = [f"--trainer={loop.trainer.address}", f"--key-file={key_file}", *AWAY[:2], AWAY[3]]
     with console(tmp_path / "loop", tmp_path / "cache", *options) as address, browser() as chrome:
 
-        def button(text: str) -> bool:
-            found = [one for one in chrome.find_elements(By.CSS_SELECTOR, ".heading button") if one.text == text]
-            if not found:
-                chrome.refresh()
-            return bool(found)
+        def button(text: str) -> WebElement | None:
+            for one in chrome.find_elements(By.CSS_SELECTOR, ".heading button"):
+                if one.text == text:
+                    return one
+            chrome.refresh()
+            return None
+
+        def pressed(text: str) -> bool:
+            if found := button(text):
+                found.click()
+            return found is not None
 
         def press(text: str) -> None:
-            wait_until(lambda: button(text))
-            chrome.find_element(By.CSS_SELECTOR, ".heading button").click()
+            until(chrome, lambda _: pressed(text))
             chrome.switch_to.alert.accept()
 
         chrome.get(f"{address}/runs/long?key={KEY}")
         press("Stop")
-        wait_until(lambda: button("Resume"))
+        until(chrome, lambda _: button("Resume"))
         assert (await client.get("long")).state is RunState.STOPPED
         press("Resume")
-        wait_until(lambda: button("Stop"))
+        until(chrome, lambda _: button("Stop"))
         press("Stop")
-        wait_until(lambda: button("Resume"))
+        until(chrome, lambda _: button("Resume"))
     await client.close()
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.wait import WebDriverWait
 
 from mulligan.testing.recorded_runs import write_run
 from mulligan.trainer.events import EventLog, StepEvent
 from mulligan.trainer.folder import RunFolder
-from tests.support.console import CONSOLE_KEY, browser, console
-
-T = TypeVar("T")
+from tests.support.console import CONSOLE_KEY, browser, console, until
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +44,6 @@ def window(shared_window: Chrome) -> Iterator[Chrome]:
     yield shared_window
     log = shared_window.get_log("browser")  # type: ignore[no-untyped-call]
     assert [entry for entry in log if entry["level"] in ("SEVERE", "WARNING")] == []
-
-
-def until(window: Chrome, condition: Callable[[Chrome], T]) -> T:
-    return WebDriverWait(window, 30, 0.05).until(condition)
 
 
 def press(window: Chrome, *keys: str) -> None:

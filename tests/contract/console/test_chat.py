@@ -13,8 +13,7 @@ from selenium.webdriver.support.ui import Select
 
 from mulligan.common.text import safe
 from mulligan.testing.processes import ServiceProcesses
-from tests.support.console import browser, console, with_key
-from tests.support.waiting import wait_until
+from tests.support.console import browser, console, until, with_key
 
 KEY = "a-key-of-the-console-in-a-file"
 
@@ -40,11 +39,11 @@ def test_a_policy_answers_under_the_prompt_of_an_environment(address: str) -> No
         chrome.get(f"{address}/chat?key={KEY}")
         Select(chrome.find_element(By.NAME, "environment")).select_by_visible_text("frozenlake-3x3")
         chrome.find_element(By.XPATH, "//button[text()='Begin anew']").click()
-        wait_until(lambda: chrome.find_element(By.NAME, "system").get_attribute("value"))
+        until(chrome, lambda found: found.find_element(By.NAME, "system").get_attribute("value"))
         for number, text in enumerate(("<b>Hello</b>\nyou", "Again"), 1):
             chrome.find_element(By.NAME, "text").send_keys(text)
             chrome.find_element(By.XPATH, "//button[text()='Send']").click()
-            wait_until(lambda: len(chrome.find_elements(By.CSS_SELECTOR, ".assistant .facts")) == number)  # noqa: B023
+            until(chrome, lambda found: len(found.find_elements(By.CSS_SELECTOR, ".assistant .facts")) == number)  # noqa: B023
             assert not chrome.find_elements(By.CSS_SELECTOR, ".error")
         said = [one.text for one in chrome.find_elements(By.CSS_SELECTOR, ".said-by.user pre")]
         assert said == ["<b>Hello</b>\nyou", "Again"]
@@ -91,7 +90,7 @@ def test_a_wrong_value_is_told_in_the_browser(address: str) -> None:
         chrome.execute_script("document.querySelector('[name=policy][type=hidden]').value = 'nobody'")
         chrome.find_element(By.NAME, "text").send_keys("Hello")
         chrome.find_element(By.XPATH, "//button[text()='Send']").click()
-        wait_until(lambda: any("nobody" in one.text for one in chrome.find_elements(By.CSS_SELECTOR, ".error")))
+        until(chrome, lambda found: any("nobody" in one.text for one in found.find_elements(By.CSS_SELECTOR, ".error")))
         assert chrome.find_element(By.NAME, "text").get_attribute("value") == "Hello"
         assert not chrome.find_elements(By.CSS_SELECTOR, ".said-by")
 

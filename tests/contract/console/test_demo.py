@@ -20,7 +20,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from mulligan.console.recording import FILE
-from tests.support.console import browser, demo_console
+from tests.support.console import browser, demo_console, until
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
@@ -104,16 +104,16 @@ def test_in_a_browser(address: str) -> None:
 
         chrome.get(address)
         press("j", "x", "j", "x", "j", "x", "c")
-        wait_until(lambda: there(".reading .name"))
+        until(chrome, lambda _: there(".reading .name"))
         text = chrome.find_element(By.TAG_NAME, "main").text
         assert "algorithm.name" in text and "Success on test tasks" in text
         chrome.get(f"{address}/runs/erl")
-        wait_until(lambda: there(".reading .name"))
+        until(chrome, lambda _: there(".reading .name"))
         press("j", Keys.ARROW_LEFT, Keys.ENTER)
-        wait_until(lambda: there("tr[data-item]"))
+        until(chrome, lambda _: there("tr[data-item]"))
         chrome.get(f"{address}/runs/erl/experiences?role=second")
         press("j", Keys.ENTER)
-        wait_until(lambda: there(".sample .board"))
+        until(chrome, lambda _: there(".sample .board"))
         roles = [one.text.split()[0] for one in chrome.find_elements(By.CSS_SELECTOR, ".sample > h2")]
         assert roles[:3] == ["first", "reflection", "second"] and there(".token.trained")
         assert errors_of(chrome) == []

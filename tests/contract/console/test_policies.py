@@ -25,8 +25,7 @@ from mulligan.models import locate
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.testing.weights import full_weights
-from tests.support.console import browser, console, with_key
-from tests.support.waiting import wait_until
+from tests.support.console import browser, console, until, with_key
 
 KEY = "a-key-of-the-console-in-a-file"
 LATEST = 3  # version
@@ -119,7 +118,7 @@ async def test_a_version_is_rolled_back_at_all_servers_with_the_key_and_the_role
         with two.console(AccessRole.READER) as address, browser() as chrome:
             chrome.get(f"{address}/policies?key={KEY}")
             serve_again(chrome, 2)
-            wait_until(lambda: "PERMISSION_DENIED" in text(chrome) or "role" in text(chrome))
+            until(chrome, lambda found: "PERMISSION_DENIED" in text(found) or "role" in text(found))
             assert all(server.address in text(chrome) for server in two.servers)
 
     def as_admin() -> None:
@@ -130,7 +129,7 @@ async def test_a_version_is_rolled_back_at_all_servers_with_the_key_and_the_role
             servers = chrome.find_elements(By.CSS_SELECTOR, ".servers tbody tr")
             assert [one.text for one in servers] == [f"{server.address} serving 3 0" for server in two.servers]
             assert "at all 2 servers" in serve_again(chrome, 2)
-            wait_until(lambda: f"{two.servers[1].address} serving 2 0" in text(chrome))
+            until(chrome, lambda found: f"{two.servers[1].address} serving 2 0" in text(found))
             assert re.search(r"^3 withdrawn", text(chrome), re.MULTILINE)
 
     await asyncio.to_thread(as_reader)
@@ -147,7 +146,7 @@ async def test_nothing_is_rolled_back_where_a_server_is_away_or_lacks_the_versio
             chrome.get(f"{address}/policies?key={KEY}")
             assert "127.0.0.1:1" in text(chrome) and first.address in text(chrome)
             serve_again(chrome, 2)
-            wait_until(lambda: "No server was rolled back: 127.0.0.1:1" in text(chrome))
+            until(chrome, lambda found: "No server was rolled back: 127.0.0.1:1" in text(found))
             assert text(chrome).startswith("409")
 
     def with_one_behind() -> None:
@@ -160,7 +159,7 @@ async def test_nothing_is_rolled_back_where_a_server_is_away_or_lacks_the_versio
             with_button = [row.split()[0] for row in rows if row.endswith("Serve again")]
             assert with_button == ["1", "0"], "not those that one server has withdrawn"
             serve_again(chrome, 1)
-            wait_until(lambda: f"{first.address} serving 1 0" in text(chrome))
+            until(chrome, lambda found: f"{first.address} serving 1 0" in text(found))
 
     await asyncio.to_thread(with_one_away)
     assert await two.versions() == [LATEST, LATEST]
@@ -185,7 +184,7 @@ async def test_each_server_has_its_health_and_a_chat_goes_to_one_that_serves(two
             Select(chrome.find_element(By.NAME, "policy"))
             chrome.find_element(By.NAME, "text").send_keys("Hello")
             chrome.find_element(By.XPATH, "//button[text()='Send']").click()
-            wait_until(lambda: bool(chrome.find_elements(By.CSS_SELECTOR, ".said-by.assistant .facts")))
+            until(chrome, lambda found: found.find_elements(By.CSS_SELECTOR, ".said-by.assistant .facts"))
             assert f"version {LATEST}" in chrome.find_element(By.CSS_SELECTOR, ".said-by.assistant .facts").text
 
     await asyncio.to_thread(look)

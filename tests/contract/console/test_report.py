@@ -16,8 +16,7 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 
 from mulligan.testing.recorded_runs import write_run
-from tests.support.console import browser
-from tests.support.waiting import wait_until
+from tests.support.console import browser, until
 
 HOSTILE = "</script><script>alert(1)</script>\x1b[31m\u202e<!--'\"&{{ 7*7 }}"
 
@@ -79,7 +78,7 @@ def test_data_are_never_markup_and_nobody_is_asked(file: Path) -> None:
 def test_it_is_used_with_keys_in_a_browser(file: Path) -> None:
     with browser() as chrome:
         chrome.get(file.as_uri())
-        wait_until(lambda: len(chrome.find_elements(By.CSS_SELECTOR, ".chart canvas")) > 1)
+        until(chrome, lambda found: len(found.find_elements(By.CSS_SELECTOR, ".chart canvas")) > 1)
 
         def press(*keys: str) -> None:
             for key in keys:
@@ -92,7 +91,7 @@ def test_it_is_used_with_keys_in_a_browser(file: Path) -> None:
         press(*["j"] * (charts + 2))
         assert here() == "#e2"
         press("\ue007")
-        wait_until(lambda: chrome.current_url.endswith("#e2"))
+        until(chrome, lambda found: found.current_url.endswith("#e2"))
         before = chrome.find_element(By.TAG_NAME, "html").get_attribute("data-theme")
         press("t")
         assert chrome.find_element(By.TAG_NAME, "html").get_attribute("data-theme") != before
