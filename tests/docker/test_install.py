@@ -158,17 +158,20 @@ def test_where_its_index_is_away_no_other_is_asked(build: Build) -> None:
     assert "Could not fetch URL" in done.stderr and "secret" not in done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_an_index_that_accepts_and_says_nothing_is_away_too(build: Build) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         refused(build, build.install("torch", index=f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=2))
 
 
+@pytest.mark.long
 def test_an_index_that_pip_does_not_trust_is_said_to_be_one(build: Build) -> None:
     done = build.install("torch", index="http://someone:secret@index.invalid/whl/cpu")
     refused(build, done)
     assert "not a trusted or secure host" in done.stderr and "secret" not in done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_an_index_without_this_version_is_no_reason_to_look_elsewhere(build: Build) -> None:
     build.torch.add("torch", "2.6.0+cpu")
     refused(build, build.install("torch", index=build.torch.url))
@@ -181,6 +184,7 @@ def test_a_wheel_in_the_folder_is_preferred_and_no_index_is_asked_for_torch(buil
     assert "127.0.0.1:9" not in done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_a_wheel_that_does_not_fit_is_refused(build: Build) -> None:
     wheel(build.wheels, "torch", CPU, "cp27-cp27m-win32")
     done = build.install("torch", index=build.torch.url)
@@ -188,12 +192,14 @@ def test_a_wheel_that_does_not_fit_is_refused(build: Build) -> None:
     assert f"torch-{CPU}-cp27-cp27m-win32.whl" in done.stderr and build.torch.asked == []
 
 
+@pytest.mark.long
 def test_with_an_empty_index_it_is_pips_own_and_that_is_said(build: Build) -> None:
     done = build.install("torch", index="")
     assert done.returncode == 0 and build.installed("torch") == VERSION, done.stderr
     assert "from pip's own index" in done.stdout and "CUDA" in done.stdout
 
 
+@pytest.mark.long
 def test_an_image_without_torch_does_not_ask_its_index(build: Build) -> None:
     done = build.install("numpy", index="http://127.0.0.1:9")
     assert done.returncode == 0 and build.installed("numpy") == "1.0", done.stderr
@@ -218,7 +224,7 @@ def test_what_the_lock_lacks_is_refused(build: Build) -> None:
         assert f"requirements.lock has no hash of {missing}:" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("before", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_what_torch_alone_brings_may_lack_a_hash(build: Build, before: bool) -> None:
     """Its builds for GPUs bring packages of their own, also where torch itself was installed before."""
     source = build.torch if before else build.own

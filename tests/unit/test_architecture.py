@@ -216,7 +216,10 @@ def size_violations(source: str, path: PurePosixPath) -> list[str]:
     """Files and functions short enough to be read in one go."""
     lines = len(source.splitlines())
     found = [f"{path} has {lines} lines"] if lines >= MAX_FILE_LINES else []
-    for node in ast.walk(parsed(source)):
+    waiting: list[ast.AST] = [parsed(source)]
+    while waiting:
+        node = waiting.pop()
+        waiting += (inner for inner in ast.iter_child_nodes(node) if not isinstance(inner, ast.expr))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length >= MAX_FUNCTION_LINES:
