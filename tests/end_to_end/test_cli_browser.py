@@ -51,6 +51,7 @@ def test_it_opens_and_q_leaves_the_terminal_as_it_was(folder: str, cache: dict[s
         assert ";40m" not in terminal.sent, "no black ground on a light terminal"
 
 
+@pytest.mark.long
 def test_a_run_of_a_trainer_by_the_beginning_of_its_id(
     shared_services: ServiceProcesses, cache: dict[str, str], tmp_path: Path
 ) -> None:

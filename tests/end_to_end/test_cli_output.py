@@ -122,7 +122,7 @@ def test_whatever_is_printed_is_printable() -> None:
     assert safe("Übung 日本 👩‍👧\n\tx") == "Übung 日本 👩‍👧\n\tx"
 
 
-@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+@pytest.mark.parametrize("columns", [40, *(pytest.param(wide, marks=pytest.mark.long) for wide in (60, 80, 200))])
 def test_ids_are_whole_in_terminals_of_any_width(loop: Loop, reflections: Sequence[str], columns: int) -> None:
     assert RUN in on_a_terminal(loop, columns, "runs")
     listed = on_a_terminal(loop, columns, "memory", "list", "--scope", "hostile")

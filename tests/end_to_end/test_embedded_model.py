@@ -45,6 +45,7 @@ def meter() -> Meter:
     return Meter(model, AutoTokenizer.from_pretrained(EMBEDDED), Sampling())
 
 
+@pytest.mark.long
 def test_without_a_legend_the_fixed_assignment_is_as_hard_as_any(meter: Meter) -> None:
     fixed = sum(meter.first_attempts(FIXED_SYMBOLS, seed=seed)[0] for seed in range(5)) / 5
     assert fixed <= 0.35

@@ -54,8 +54,15 @@ async def said(address: str) -> str:
         return (await client.generate(PROMPT, SamplingParams(max_tokens=9))).text
 
 
-@pytest.mark.parametrize("kind", ["countdown", "acme.countdown"])
-@pytest.mark.parametrize("untrusted", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "untrusted"),
+    [
+        ("countdown", False),
+        ("acme.countdown", True),
+        pytest.param("countdown", True, marks=pytest.mark.long),
+        pytest.param("acme.countdown", False, marks=pytest.mark.long),
+    ],
+)
 async def test_an_environment(services: ServiceProcesses, acme: dict[str, str], kind: str, untrusted: bool) -> None:
     tables = {"count": {"kind": kind, "first": 3, "untrusted": untrusted}}
     address = services.start("env", environment=acme, environments=tables).address

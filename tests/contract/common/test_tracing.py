@@ -192,6 +192,7 @@ async def test_opentelemetrys_variables_count(services: ServiceProcesses) -> Non
         assert quiet.stop() == 0 and not [line for line in quiet.log_lines if line["event"] == "traces"]
 
 
+@pytest.mark.long
 def test_nothing_of_opentelemetry_is_imported_while_tracing_is_off() -> None:
     for name in ("env", "memory", "policy", "trainer"):
         loaded = modules_after(f"import mulligan.{name}.__main__")

@@ -138,6 +138,7 @@ async def test_a_version_is_rolled_back_at_all_servers_with_the_key_and_the_role
     assert await two.versions() == [2, 2]
 
 
+@pytest.mark.long
 async def test_nothing_is_rolled_back_where_a_server_is_away_or_lacks_the_version(two: TwoServers) -> None:
     first, second = two.servers
 

@@ -19,6 +19,7 @@ ORIGIN = Provenance("run", "experience", "lake", "train/00001", 3, 0.0, 1.0, Tru
 T = TypeVar("T")
 
 
+@pytest.mark.long
 def test_texts_are_embedded_anew_where_the_embedder_is_another(
     services: ServiceProcesses, acme: dict[str, str], tmp_path: Path
 ) -> None:

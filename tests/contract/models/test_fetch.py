@@ -50,6 +50,7 @@ def left_behind(folder: Path) -> list[str]:
 
 
 @pytest.mark.timeout(1200)  # two processes import torch, one after the other
+@pytest.mark.long
 def test_what_is_finished_is_not_done_again(
     model: FetchableModel, package: MadePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,6 +267,7 @@ async def _has_ended(client: RunClient, run_id: str) -> bool:
     return (await client.get(run_id)).state is not RunState.RUNNING
 
 
+@pytest.mark.long
 async def test_a_run_that_waits_for_a_service_says_so(loop: Loop, client: RunClient) -> None:
     """Each service that it uses; and when it is back."""
     await client.start("waits", small_run(steps=1000, checkpoint_every=1))

@@ -150,8 +150,9 @@ async def test_a_killed_process_costs_no_more_than_what_was_not_saved(
         assert await client.optim_step() == pytest.approx(local.optim_step(), rel=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rank", [1, 0])
 async def test_an_undeclared_error_in_one_process_ends_the_learner_in_all(served: Served, rank: int) -> None:
     async with served.client() as client:
         before = pids(served.service)
