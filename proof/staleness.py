@@ -1,4 +1,4 @@
-"""Whether ERL on 3×3 FrozenLake ends as well when steps overlap: `rollout.max_staleness` 0, 1 and 2, three seeds each.
+"""Whether ERL on 3×3 FrozenLake ends as well when steps overlap: `rollout.max_staleness` 0, 1 and 2, five seeds each.
 
 The runs without overlap are those of the comparison of methods, `methods/erl-SEED`; these have the same settings.
 """
@@ -17,7 +17,7 @@ from mulligan.trainer.events import EventLog
 from proof.methods import ARMS, STEPS, chosen, train
 
 BOUNDS = (1, 2)
-SEEDS = 3
+SEEDS = 5
 
 
 def learn(bound: int, seed: int, folder: Path) -> dict[str, Any]:
