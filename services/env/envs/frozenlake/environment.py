@@ -126,6 +126,11 @@ class FrozenLakeEpisode:
         self._at = board.find(PLAYER)
         self._texts = _TEXTS[settings.prompts]
         self._symbols = _symbols(board, settings)
+        # Where holes or frozen tiles have several letters, the cell decides which one is shown.
+        self._shown = [
+            [table.get(cell, cell) for cell, table in zip(row, tables, strict=True)]
+            for row, tables in zip(self._cells, self._symbols, strict=True)
+        ]
         self._max_steps = settings.max_steps
         self._steps = 0
         self.observation = self._render()
@@ -148,6 +153,7 @@ class FrozenLakeEpisode:
     def fork(self) -> FrozenLakeEpisode:
         copied = copy(self)
         copied._cells = [list(row) for row in self._cells]
+        copied._shown = [list(row) for row in self._shown]
         return copied
 
     def _move(self, move: str) -> str | None:
@@ -158,18 +164,17 @@ class FrozenLakeEpisode:
         if not (0 <= to_y < len(self._cells) and 0 <= to_x < len(self._cells[0])):
             return None
         entered = self._cells[to_y][to_x]
-        self._cells[y][x] = FROZEN
-        self._cells[to_y][to_x] = {HOLE: PLAYER_IN_HOLE, GOAL: PLAYER_ON_GOAL}.get(entered, PLAYER)
+        self._put(y, x, FROZEN)
+        self._put(to_y, to_x, {HOLE: PLAYER_IN_HOLE, GOAL: PLAYER_ON_GOAL}.get(entered, PLAYER))
         self._at = (to_y, to_x)
         return entered
 
+    def _put(self, y: int, x: int, cell: str) -> None:
+        self._cells[y][x] = cell
+        self._shown[y][x] = self._symbols[y][x].get(cell, cell)
+
     def _render(self) -> str:
-        """Where holes or frozen tiles have several letters, the cell decides which one is shown."""
-        shown = [
-            [table.get(cell, cell) for cell, table in zip(row, tables, strict=True)]
-            for row, tables in zip(self._cells, self._symbols, strict=True)
-        ]
-        return "\n".join(map("\t".join, shown))
+        return "\n".join(map("\t".join, self._shown))
 
 
 def _symbols(board: LakeBoard, settings: Settings) -> list[list[dict[str, str]]]:
