@@ -201,8 +201,9 @@ async def test_weights_are_streamed_where_no_file_system_is_shared(loop: Loop) -
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long)])
 async def test_a_deterministic_run_killed_and_resumed_ends_with_bit_equal_weights(
-    services: ServiceProcesses, tmp_path: Path
+    services: ServiceProcesses, tmp_path: Path, kills: int
 ) -> None:
     loop = Loop.start(services, tmp_path, deterministic=True)
     settings = small_run(deterministic=True, steps=3, rollout={"tasks_per_step": 2})
@@ -210,8 +211,9 @@ async def test_a_deterministic_run_killed_and_resumed_ends_with_bit_equal_weight
     client = loop.client()
     await client.start("cut", settings)
     loop.trainer.forked = False  # the order of sets is another one in each process
-    await loop.journal_grows("cut", 8_000)
-    loop.trainer.restart()
+    for _ in range(kills):
+        await loop.journal_grows("cut", 8_000)
+        loop.trainer.restart()
     await loop.ended(client, "cut")
     await client.close()
     expected = loop.weights("whole", 3)

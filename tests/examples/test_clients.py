@@ -153,11 +153,12 @@ def test_the_go_code_is_formatted_and_vetted(tmp_path: Path) -> None:
 
 
 def test_it_sends_no_token_to_another_machine_without_tls(client: Program, tmp_path: Path) -> None:
-    for address in ("[2001:db8::1]:50052", "127.0.0.1.example.org:50052"):
+    for address in ("192.0.2.1:50052", "[2001:db8::1]:50052", "127.0.0.1.example.org:50052"):
         told = client.refusal("stream", "--policy", address, MULLIGAN_CLI_TOKEN="a-token-of-mine")
         assert f"the token for {address} would cross the network without TLS: expected --ca FILE" in told
         assert "a-token-of-mine" not in told
     for allowed in (
+        ("--policy", "127.0.0.1:1"),
         ("--policy", "[::1]:1"),
         ("--policy", "localhost:1"),
         ("--policy", "mulligan.invalid:1", "--insecure"),

@@ -78,9 +78,9 @@ def snapshot_open_to_all(patch: Patch) -> None:
     identify = RequestInterceptor._identify
 
     def careless(self: Any, method: str, needed: Any, context: Any) -> Any:
-        return (
-            by_address(context.peer()) if method.endswith("/GetSnapshot") else identify(self, method, needed, context)
-        )
+        if method.endswith("/GetSnapshot"):
+            return by_address(context.peer())
+        return identify(self, method, needed, context)
 
     patch(RequestInterceptor, "_identify", careless)
 

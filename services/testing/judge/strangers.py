@@ -68,7 +68,7 @@ class Strangers:
         self._ca = ca
         self._credentials: dict[str, list[str]] = {}  # by call: those that are still to be tried, the last one first
         self.made = 0
-        self.tried_each_call = asyncio.Event()
+        self.tried_each_call = asyncio.Event()  # set once each was made by some stranger
 
     async def try_on(self) -> None:
         """Until it is cancelled: each call once, then each again with another credential."""

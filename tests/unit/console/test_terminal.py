@@ -136,7 +136,7 @@ async def test_a_group_side_by_side_and_one_after_another(folder: Path, tmp_path
 
 async def test_filters(folder: Path, tmp_path: Path) -> None:
     async with looking(folder, tmp_path, count=18) as one:
-        assert "6 experiences · step=1 · run" in await one.filter("step=1", "6 experiences")
+        await one.press("slash", *"step=1", "enter", until="6 experiences · step=1 · run")
         await one.filter("role=second to=0", "12 experiences")
         await one.filter("from=0.5 step=0", "2 experiences")
         await one.filter("fell environment=frozenlake-3x3 outcome=completed", "18 experiences")
