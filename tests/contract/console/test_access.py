@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import socket
 import ssl
@@ -82,7 +83,11 @@ def test_the_key_is_needed_to_see_and_to_act(runs: Path, key_file: Path, tmp_pat
         for path in ("/", "/runs/run-1", "/series?run=run-1", "/live?run=run-1", "/memory", "/services"):
             assert answer(address, path, {}).status == 401
             assert answer(address, path, {"Cookie": f"mulligan-console-{urlsplit(address).port}=x"}).status == 401
-        assert answer(address, "/static/console.css", {}).status == 200
+        connection = HTTPConnection(urlsplit(address).netloc, timeout=30)
+        connection.request("GET", "/")
+        files = re.findall(r'(?:href|src)="(/[^"]+)"', connection.getresponse().read().decode())
+        assert "/static/icon.svg" in files, "without one a browser asks for /favicon.ico, which is refused"
+        assert [answer(address, file, {}).status for file in files] == [200] * len(files)
         assert answer(address, "/runs/run-1", {"Cookie": cookie_of(address)}).status == 200
         assert answer(address, "/?key=another", {}).status == 401
         for path in ("/runs/run-1/stop", "/runs/run-1/resume", "/policies/actor/versions/1/serve"):
