@@ -175,6 +175,7 @@ async def test_conversations_finish_on_the_model_that_sampled_their_tokens(tmp_p
     async with serving("embedded", models_folder=tmp_path, session_idle_seconds=3600, slots=16) as served:
         references = {0: load(EMBEDDED), 1: load(llama)}
         swapped = asyncio.Event()
+        begun: set[str] = set()
 
         async def converse(name: str) -> set[int]:
             """Turns until some have passed since the swap; all log-probabilities are those of one model."""
@@ -188,6 +189,7 @@ async def test_conversations_finish_on_the_model_that_sampled_their_tokens(tmp_p
                 completion = await served.client.generate(
                     prompt, SamplingParams(max_tokens=5), CallOptions(session_id=name)
                 )
+                begun.add(name)
                 token_ids += completion.prompt_token_ids
                 sampled |= dict(enumerate(completion.log_probs, start=len(token_ids)))
                 token_ids += completion.token_ids
@@ -201,7 +203,7 @@ async def test_conversations_finish_on_the_model_that_sampled_their_tokens(tmp_p
             return versions
 
         early = [asyncio.create_task(converse(f"early{index}")) for index in range(8)]
-        await asyncio.sleep(0.1)
+        await until(lambda: len(begun) == 8)
         assert await served.client.load_model("actor", str(llama)) == (1, (await served.client.info()).fingerprint)
         late = [asyncio.create_task(converse(f"late{index}")) for index in range(8)]
         swapped.set()
