@@ -117,7 +117,7 @@ class _Here:
         try:
             self._episode, begun = calls.begin(self._environment, task_id)
         except UnknownTask as error:
-            raise calls.start_error(self.info.name, task_id, error) from error
+            raise calls.start_error(self.info.name, task_id, error, "") from error
         return begun.observation, begun.player
 
     def step(self, action: str) -> EpisodeStep:
@@ -126,7 +126,7 @@ class _Here:
             return calls.play(self._episode, action, self.info.player_count)
         except Exception as error:  # noqa: BLE001 - its author sees what it raises, whatever that is
             note(traceback.format_exc())
-            return calls.failed_step(error)
+            return calls.failed_step(error, calls.described(error))
 
     def kept_alive(self) -> AbstractContextManager[None]:
         return nullcontext()

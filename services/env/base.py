@@ -124,13 +124,13 @@ class Faulted(Exception):
 
 
 def fork(episode: Episode) -> Episode:
-    """Forks an episode. Raises TypeError if the environment says `can_fork` but the episode has no valid `fork`."""
+    """Forks an episode. Raises Faulted if the environment says `can_fork` but the episode has no valid `fork`."""
     if not isinstance(episode, Forkable):
-        raise TypeError(f"can_fork is set, but {type(episode).__name__} has no fork")
+        raise Faulted(f"can_fork is set, but {type(episode).__name__} has no fork")
     copied = episode.fork()
     if copied is episode or not callable(getattr(copied, "step", None)):
         what = "the episode itself" if copied is episode else type(copied).__name__
-        raise TypeError(f"fork returned {what}, not another episode")
+        raise Faulted(f"fork returned {what}, not another episode")
     return copied
 
 

@@ -1,17 +1,25 @@
 """Calls into environment code. They run on worker threads, and their results are checked here: a bad result fails the
-one episode that returned it."""
+one episode that returned it.
+
+What an exception of environment code says is for the server's log alone: it may quote anything that the process knows.
+Callers get its type and the id of the incident (`told`). What is wrong with a result is told in words.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mulligan.common.errors import DomainError, Reason
+import structlog
+
+from mulligan.common.errors import DomainError, Reason, incident
 from mulligan.common.rewards import read_reward
+from mulligan.common.status import fault
 from mulligan.common.types import EpisodeStep, Outcome
 from mulligan.env.base import Environment, Episode, Faulted, StepResult, UnknownTask, act, close
 from mulligan.env.workers import Job, TimedOut
 
+log = structlog.get_logger()
 _ERROR_LENGTH = 500
 _MAX_TEXT_BYTES = 16 * 2**20  # far below the limit of a message
 
@@ -26,12 +34,28 @@ class StartResult:
 
 def begin(environment: Environment, task_id: str) -> tuple[Episode, StartResult]:
     episode = environment.start(task_id)
-    player = _player(getattr(episode, "player", 0), environment.info.player_count)
-    return episode, StartResult(_text("observation", episode.observation), player)
+    player, observation = getattr(episode, "player", 0), episode.observation
+    try:
+        return episode, StartResult(_text("observation", observation), _player(player, environment.info.player_count))
+    except (TypeError, ValueError) as error:
+        raise _unusable(error) from None
 
 
 def play(episode: Episode, action: str, players: int) -> EpisodeStep:
     result = act(episode, action)
+    try:
+        return _step(result, players)
+    except (TypeError, ValueError) as error:
+        raise _unusable(error) from None
+
+
+def _unusable(error: Exception) -> Faulted:
+    """What is wrong with a result is a complete message."""
+    return Faulted(f"{type(error).__name__}: {error}")
+
+
+def _step(result: object, players: int) -> EpisodeStep:
+    """Raises TypeError and ValueError."""
     if not isinstance(result, StepResult):
         raise TypeError(f"step returned {type(result).__name__}, not StepResult")
     reward = read_reward(result.reward)
@@ -83,26 +107,35 @@ class _Stuck:
         close(self._episode)
 
 
-def failed_step(result: object) -> EpisodeStep:
-    outcome = Outcome.TIMEOUT if isinstance(result, TimedOut) else Outcome.ENV_ERROR
-    return EpisodeStep("", "", None, True, outcome, error=describe(result))
+def failed_step(error: object, said: str) -> EpisodeStep:
+    outcome = Outcome.TIMEOUT if isinstance(error, TimedOut) else Outcome.ENV_ERROR
+    return EpisodeStep("", "", None, True, outcome, error=said)
 
 
-def start_error(environment: str, task_id: str, error: object) -> DomainError:
+def start_error(environment: str, task_id: str, error: object, said: str) -> DomainError:
     if isinstance(error, DomainError):
         return error
     if isinstance(error, UnknownTask):
         return DomainError(Reason.UNKNOWN_TASK, f"{environment!r} has no task {task_id!r}")
-    return DomainError(Reason.ENVIRONMENT_FAILED, f"{environment!r} could not start {task_id!r}: {describe(error)}")
+    return DomainError(Reason.ENVIRONMENT_FAILED, f"{environment!r} could not start {task_id!r}: {said}")
 
 
-def fork_error(environment: str, episode_id: str, error: object) -> DomainError:
+def fork_error(environment: str, episode_id: str, error: object, said: str) -> DomainError:
     if isinstance(error, DomainError):
         return error
-    return DomainError(Reason.ENVIRONMENT_FAILED, f"{environment!r} could not fork {episode_id!r}: {describe(error)}")
+    return DomainError(Reason.ENVIRONMENT_FAILED, f"{environment!r} could not fork {episode_id!r}: {said}")
 
 
-def describe(error: object) -> str:
+def told(error: object, environment: str, **ids: str) -> str:
+    """What the caller is told of a failed call. Logs an exception of environment code, with `ids`."""
+    if not isinstance(error, BaseException) or isinstance(error, Faulted | TimedOut | DomainError | UnknownTask):
+        return described(error)
+    log.error("environment code raised", environment=environment, **ids, incident=incident(error), exc_info=error)
+    return fault(error)
+
+
+def described(error: object) -> str:
+    """What the exception says, for the log and for whoever runs the environment."""
     text = str(error) if isinstance(error, Faulted) else f"{type(error).__name__}: {error}"
     return text[:_ERROR_LENGTH].encode("utf-8", "replace").decode()
 

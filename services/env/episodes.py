@@ -228,7 +228,8 @@ class EpisodeTable:
             if isinstance(result, tuple):
                 self._started(record, *result)
             else:
-                self._start_failed(episode_id, record, calls.start_error(name, task_id, result))
+                said = calls.told(result, name, episode_id=episode_id, task_id=task_id)
+                self._start_failed(episode_id, record, calls.start_error(name, task_id, result, said))
 
         job = FunctionJob(lambda: calls.close_if_given_up(calls.begin(environment, task_id), job), done)
         jobs.append(job)
@@ -266,7 +267,9 @@ class EpisodeTable:
             if isinstance(result, tuple):
                 self._started(record, *result)
             else:
-                self._start_failed(new_episode_id, record, calls.fork_error(source.environment, episode_id, result))
+                name = source.environment
+                said = calls.told(result, name, episode_id=episode_id, task_id=source.task_id)
+                self._start_failed(new_episode_id, record, calls.fork_error(name, episode_id, result, said))
                 if isinstance(result, TimedOut) and source.episode is not None:
                     source.episode = calls.stuck(source.episode, result)
             self._call_returned(source)
@@ -367,7 +370,7 @@ class EpisodeTable:
 
     def _step_done(self, step: RunningStep, result: object) -> None:
         record = step.record
-        answer = result if isinstance(result, EpisodeStep) else calls.failed_step(result)
+        answer = result if isinstance(result, EpisodeStep) else _failed_step(record, result)
         record.running = None
         record.actions.append(hash(step.action))
         record.answers.append(answer)
@@ -414,7 +417,7 @@ class EpisodeTable:
 
         def done(result: object) -> None:
             if isinstance(result, BaseException):
-                log.warning("an episode was not closed", environment=record.environment, error=calls.describe(result))
+                log.warning("an episode was not closed", environment=record.environment, error=calls.described(result))
             self._call_returned(record)
             self._closing.discard(closed)
             closed.set_result(None)
@@ -464,7 +467,7 @@ class EpisodeTable:
         try:
             await self.workers.run(lambda: close(environment))
         except Exception as error:  # noqa: BLE001 - foreign code may raise anything
-            log.warning("an environment was not closed", environment=name, error=calls.describe(error))
+            log.warning("an environment was not closed", environment=name, error=calls.described(error))
 
     def expire(self) -> None:
         """Expires the records that were idle for longer than their lease. Runs at each call and visits expired records
@@ -554,6 +557,11 @@ def _in_use(episode_id: str, record: EpisodeRecord) -> DomainError:
     origin = "" if record.source is None else ", a fork of {!r} after {} steps".format(*record.source)
     message = f"episode {episode_id!r} plays {record.task_id!r} of {record.environment!r}{origin}"
     return DomainError(Reason.EPISODE_CONFLICT, message)
+
+
+def _failed_step(record: EpisodeRecord, error: object) -> EpisodeStep:
+    said = calls.told(error, record.environment, episode_id=record.episode_id, task_id=record.task_id)
+    return calls.failed_step(error, said)
 
 
 def _step_conflict(request: StepRequest) -> DomainError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from uuid import uuid4
 
@@ -112,7 +113,7 @@ async def test_a_broken_environment_breaks_one_episode(client: EnvClient, task_i
     assert [step.observation for step in fine] == ["1: a"] * 3
     outcome = Outcome.TIMEOUT if task_id == "hangs" else Outcome.ENV_ERROR
     assert (broken.done, broken.outcome, broken.reward) == (True, outcome, None)
-    assert broken.error
+    assert broken.error and "the ice" not in broken.error
     assert await client.step(episode.episode_id, 1, "a") == broken
     with pytest.raises(DomainError) as caught:
         await client.step(episode.episode_id, 2, "a")
@@ -120,7 +121,8 @@ async def test_a_broken_environment_breaks_one_episode(client: EnvClient, task_i
 
 
 @pytest.mark.parametrize(
-    ("task_id", "words"), [("raises-at-start", "no ice today"), ("hangs-at-start", "not finished within 1.5 s")]
+    ("task_id", "words"),
+    [("raises-at-start", "RuntimeError, incident "), ("hangs-at-start", "not finished within 1.5 s")],
 )
 async def test_an_episode_that_cannot_start_says_so(client: EnvClient, task_id: str, words: str) -> None:
     episode_id = str(uuid4())
@@ -128,6 +130,19 @@ async def test_an_episode_that_cannot_start_says_so(client: EnvClient, task_id: 
         await start(client, task_id, episode_id)
     assert caught.value.reason is Reason.ENVIRONMENT_FAILED
     assert (await start(client, "good", episode_id)).observation == "begin"
+
+
+async def test_what_environment_code_raises_is_for_the_log(server: ServiceProcess, client: EnvClient) -> None:
+    """It may quote anything that the process knows. Callers get the incident by which the log has it."""
+    with pytest.raises(DomainError) as caught:
+        await start(client, "raises-at-start", "unlucky")
+    step = await (await start(client, "raises", "luckless")).step("a")
+    for told, episode_id, said in ((caught.value.message, "unlucky", "no ice"), (step.error, "luckless", "the ice")):
+        found = re.search("RuntimeError, incident ([0-9a-f]{8}): the server's log has it$", told)
+        assert found is not None and said not in told
+        [line] = [line for line in server.log_lines if line.get("incident") == found[1]]
+        assert (line["environment"], line["episode_id"]) == ("awkward", episode_id)
+        assert said in line["exception"] and "Traceback" in line["exception"]
 
 
 async def test_a_slow_step_holds_up_no_other(client: EnvClient) -> None:

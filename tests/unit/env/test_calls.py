@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mulligan.common.types import EpisodeStep, Outcome
-from mulligan.env.base import StepResult
+from mulligan.env.base import Faulted, StepResult
 from mulligan.env.calls import play
 
 
@@ -62,5 +62,5 @@ def test_a_good_answer_is_passed_on() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_answer_is_named(wrong: Any, players: int, words: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=words):
+    with pytest.raises(Faulted, match=words):
         play(Scripted(wrong), "x", players)
