@@ -584,7 +584,9 @@ class StepEpisodeResponse(_message.Message):
     context.
     """
     error: _builtins.str
-    """What went wrong, for ENV_ERROR and TIMEOUT."""
+    """What went wrong, for ENV_ERROR and TIMEOUT. Of an exception of the environment's code: its type and the id of an
+    incident, by which the server's log has it.
+    """
     tool: _builtins.str
     """Name of the tool whose answer the observation is: a message with ROLE_TOOL. Empty: one with ROLE_USER."""
     player: _builtins.int
