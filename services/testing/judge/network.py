@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ _OPTIONS = [("grpc.max_receive_message_length", _BYTES), ("grpc.max_send_message
 _RECONNECT = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)]
 _PASSED_ON = ("authorization", "mulligan-")  # beginnings of the names of metadata
 _LOST = "the network lost it"
+_UNMET_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class FaultyCalls:
         self._passed = asyncio.Event()
         self._whole = asyncio.Event()
         self._whole.set()
+        self._met = asyncio.Event()  # a call waits for the end of a partition
+        self._loses = False  # the next call whose partition has ended, for sure
         self._copies: set[asyncio.Task[None]] = set()
         self._seen: set[tuple[str, bytes]] = set()
 
@@ -73,11 +77,17 @@ class FaultyCalls:
         await self._channel.close()
 
     async def part(self, seconds: float) -> None:
-        """Nothing passes for so long; half of what waited meanwhile is lost."""
+        """Nothing passes for so long, and until a call has met it, but for at most twenty seconds more. Of the calls that
+        waited one is lost, and half of the others."""
         self.happened["partitions"] += 1
+        self._met.clear()
         self._whole.clear()
+        self._loses = True
         try:
             await asyncio.sleep(seconds)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_UNMET_SECONDS):
+                    await self._met.wait()
         finally:
             self._whole.set()
 
@@ -114,8 +124,10 @@ class FaultyCalls:
 
     async def _before(self, context: Any) -> None:
         if not self._whole.is_set():
+            self._met.set()
             await self._whole.wait()
-            if self.chance.random() < 0.5:
+            if self.chance.random() < 0.5 or self._loses:
+                self._loses = False
                 self.happened["lost_in_partitions"] += 1
                 await context.abort(grpc.StatusCode.UNAVAILABLE, _LOST)
         if self.calm:

@@ -101,7 +101,16 @@ async def test_nothing_passes_a_network_that_is_parted() -> None:
         await asyncio.wait([parting, asking], return_when=asyncio.FIRST_COMPLETED)
         assert parting.done() and not server.asked
         await asking
-        assert server.asked
+        assert server.asked and network.happened == {"partitions": 1, "lost_in_partitions": 1}
+
+
+async def test_a_partition_lasts_until_a_call_has_met_it() -> None:
+    async with behind(NO_FAULTS) as (server, network, client):
+        parting = asyncio.create_task(network.part(0))
+        await asyncio.sleep(0.1)
+        assert not parting.done()
+        await client.snapshot("scope")
+        assert parting.done() and server.asked == ["scope"] and network.happened["lost_in_partitions"] == 1
 
 
 def test_a_call_whose_caller_was_killed_has_no_end(tmp_path: Path) -> None:
