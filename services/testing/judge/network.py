@@ -77,7 +77,7 @@ class FaultyCalls:
         await self._channel.close()
 
     async def part(self, seconds: float) -> None:
-        """Nothing passes for so long, and until a call has met it, but for at most twenty seconds more. Of the calls that
+        """Nothing passes for so long, and until a call has met it, for at most twenty seconds more. Of the calls that
         waited one is lost, and half of the others."""
         self.happened["partitions"] += 1
         self._met.clear()
