@@ -9,8 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from google.protobuf.descriptor import Descriptor
 
+from mulligan.common.buf import validate_pb2
 from mulligan.common.errors import Code, DomainError, Reason
+from mulligan.env.v1 import env_service_pb2
+from mulligan.memory.v1 import memory_service_pb2
+from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
+from mulligan.trainer.v1 import learner_service_pb2
 from tests.support.made import buf
 from tests.support.paths import ROOT
 
@@ -123,3 +129,38 @@ def test_a_wrong_reason_is_noticed(tmp_path: Path, comment: str) -> None:
     path.write_text(f"// {comment}: why.\nservice S {{}}\n")
     with pytest.raises(AssertionError):
         test_every_reason_in_a_contract_exists_under_the_code_before_it(path)
+
+
+def _reachable(message: Descriptor, seen: dict[str, Descriptor]) -> dict[str, Descriptor]:
+    if message.full_name not in seen and not message.full_name.startswith("google."):
+        seen[message.full_name] = message
+        for field in message.fields:
+            if field.message_type is not None:
+                _reachable(field.message_type, seen)
+    return seen
+
+
+def test_lists_of_messages_and_of_items_with_rules_have_limits() -> None:
+    """Each item costs a check. The settings of runs have theirs in `trainer/settings.py`; a learner's data were released
+    without one."""
+    found: dict[str, Descriptor] = {}
+    for module in (
+        env_service_pb2,
+        policy_service_pb2,
+        policy_admin_service_pb2,
+        memory_service_pb2,
+        learner_service_pb2,
+    ):
+        for service in module.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                _reachable(method.input_type, found)
+    without = []
+    for message in found.values():
+        for field in message.fields:
+            rules = field.GetOptions().Extensions[validate_pb2.field]
+            checked = field.message_type is not None or rules.repeated.HasField("items")
+            limited = rules.repeated.HasField("max_items") or rules.map.HasField("max_pairs")
+            if field.is_repeated and checked and not limited:
+                without.append(f"{message.full_name}.{field.name}")
+    calls = ("Forward", "ForwardBackward")
+    assert len(found) > 50 and without == [f"mulligan.trainer.v1.{call}Request.data" for call in calls]

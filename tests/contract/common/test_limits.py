@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mulligan.common import server as server_module
 from mulligan.common.access import AccessRole
 from mulligan.common.callers import CallerLimits
 from mulligan.common.channel import Connection, Endpoint, is_healthy
@@ -22,6 +24,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.grpc_server import Server, options
 from mulligan.common.server import RequestInterceptor, add_standard_services
 from mulligan.common.status import from_rpc_error
+from mulligan.common.validation import FieldViolation
 from mulligan.env.client import EnvClient
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
@@ -316,6 +319,31 @@ async def test_a_stream_that_nobody_reads_ends() -> None:
         async with asyncio.timeout(30):
             await connection.streams[stream].ended.wait()
         assert b"the caller did not read the answer for 0.3 s" in connection.streams[stream].headers
+
+
+async def test_others_are_served_while_a_large_message_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one is checked at once. Of large ones one is checked at a time."""
+    go_on = threading.Event()
+    checking: list[str] = []
+
+    def slow(request: Any) -> list[FieldViolation]:
+        checking.append(threading.current_thread().name)
+        if request.ByteSize() > 2**20:
+            assert go_on.wait(60)
+        return []
+
+    monkeypatch.setattr(server_module, "violations", slow)
+    large = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * (2**20 + 1)))
+    async with streaming() as (servicer, address, _), grpc.aio.insecure_channel(address) as channel:
+        servicer.let_go.set()
+        stub = pb_grpc.PolicyServiceStub(channel)
+        calls = [stub.Generate(large) for _ in range(2)]
+        await until(lambda: bool(checking))
+        await stub.Generate(PROMPT)
+        assert checking == ["check_0", threading.current_thread().name]
+        go_on.set()
+        await asyncio.gather(*calls)
+    assert servicer.generated == 3 and checking[2:] == ["check_0"]
 
 
 async def test_a_health_watcher_that_does_not_read_keeps_nobody() -> None:
