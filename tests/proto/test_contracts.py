@@ -141,7 +141,7 @@ def _reachable(message: Descriptor, seen: dict[str, Descriptor]) -> dict[str, De
 
 
 def test_lists_of_messages_and_of_items_with_rules_have_limits() -> None:
-    """Each item costs a check. The settings of runs have theirs in `trainer/settings.py`; a learner's data were released
+    """Each item costs a check. Settings of runs have theirs in `trainer/settings.py`; a learner's data were released
     without one."""
     found: dict[str, Descriptor] = {}
     for module in (
