@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -265,7 +266,8 @@ MOVING = ppo.Settings(kl_coefficient=0.1, kl_reference=KlReference.MOVING)
 def test_a_checkpoint_has_the_estimated_size(
     tmp_path: Path, moments: str, rank: int, loss: ppo.Settings, each: int
 ) -> None:
-    """Within 3%: names, counters, and with 8 bits the scales of blocks that are shorter than in large models."""
+    """The numbers in its tensors, within 1%: with 8 bits, blocks are shorter than in large models, and have a scale
+    each; norms stay float32."""
     if moments == "8bit":
         pytest.importorskip("torchao", reason="needs the extra adam8bit")
     write_model(qwen3(), tmp_path)
@@ -282,8 +284,9 @@ def test_a_checkpoint_has_the_estimated_size(
     learner.optim_step()
     learner.save_checkpoint("one")
     files = (learner.server.checkpoint_folder / "learner" / "one").glob("*.safetensors")
-    size = sum(file.stat().st_size for file in files if not file.name.startswith("random"))
+    parts = [load_file(file) for file in files if not file.name.startswith("random")]
+    size = sum(tensor.nbytes for part in parts for tensor in part.values())
     shape, _ = shape_of(str(tmp_path))
     found = Training.of(settings, shape).checkpoint_bytes(shape)
-    assert size == pytest.approx(found, rel=0.03)
+    assert size == pytest.approx(found, rel=0.01)
     assert found / learner.trainable_parameter_count == pytest.approx(each, rel=0.01)
