@@ -107,8 +107,8 @@ def _say_what(settings: RunSettings, assumed: Assumptions, shape: ModelShape, tr
     trained = training.trained_parameters(shape)
     what = f"LoRA of rank {training.rank}, {_number(trained)} parameters" if training.rank else "all weights"
     show(f"trained: {what}; computed in {settings.model.dtype}")
-    sent = trained * (4 if training.rank else training.number)
-    show(f"sent to the policy after each step: {_gib(sent)} GiB; a checkpoint: {_gib(12 * trained)} GiB")
+    sent, saved = training.published_bytes(shape), training.checkpoint_bytes(shape)
+    show(f"sent to the policy after each step: {_gib(sent)} GiB; a checkpoint: {_gib(saved)} GiB")
     show()
 
 

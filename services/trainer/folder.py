@@ -8,6 +8,7 @@ What the run goes on with has checksums (`mulligan.common.state_files`). The sum
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -17,9 +18,11 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import ValidationError
 
+from mulligan.common import numbers
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.files import make_folder, replace
+from mulligan.common.inference import PublishedWeights, WeightsKind
 from mulligan.common.state_files import in_utc, read_document, state_damaged, write_document
 from mulligan.common.suggest import problems
 from mulligan.trainer.fingerprint import Fingerprint
@@ -41,6 +44,8 @@ _ADVICE_ENVIRONMENT = (
 # Numbers as the contract has them: a file with another one is damaged.
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Version = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_LONGEST_URI = 4096  # as in the contract
+_LONGEST_FINGERPRINT = 200
 _DEPTH = 4  # folders below the one that is looked through, in which a run may lie
 _SKIPPED = {"journal", "weights", "checkpoints", "policy", "logs", "node_modules"}
 
@@ -66,17 +71,50 @@ class RunRecord(msgspec.Struct, frozen=True):
         return RunRecord(self.run_id, state, self.created_at, self.settings, error)
 
 
-class Checkpoint(msgspec.Struct, frozen=True):
+def _check_weights(weights: PublishedWeights) -> None:
+    """Raises ValueError, which names the field, for weights that no policy could be given."""
+    for field, is_right in {
+        "policy_version": 1 <= weights.policy_version < 2**63,
+        "kind": weights.kind is not WeightsKind.ORIGINAL,
+        "uri": 1 <= len(weights.uri) <= _LONGEST_URI and "\0" not in weights.uri,
+        "sha256": re.fullmatch("[0-9a-f]{64}", weights.sha256),
+        "fingerprint": 1 <= len(weights.fingerprint) <= _LONGEST_FINGERPRINT,
+    }.items():
+        if not is_right:
+            raise ValueError(f"weights.{field}: expected that of published weights")
+    for probe in weights.canary:
+        if not all(0 <= token < 2**31 for token in probe.token_ids):
+            raise ValueError("weights.canary: expected token ids")
+        numbers.log_probs("weights.canary: log-probabilities", probe.log_probs, len(probe.token_ids) - 1)
+
+
+class UnfinishedEvaluation(msgspec.Struct, frozen=True):
+    """An evaluation beside training: what repeating it takes. It measures the policy as it was after `step` steps,
+    which has the weights `weights`, as the actor was given them."""
+
+    step: Count
+    weights: PublishedWeights
+    memory_version: Version | None = None  # where first attempts read the memory
+
+    def __post_init__(self) -> None:
+        _check_weights(self.weights)
+
+
+class Checkpoint(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where a resumed run goes on. `name` is the learner's checkpoint (weights, optimizer, random generators);
-    `memory_version` is the memory's version after the step. Seeds and the order of tasks derive from `step`."""
+    `memory_version` is the memory's version after the step. Seeds and the order of tasks derive from `step`.
+    `evaluation` ran beside training then; a resumed run begins it again."""
 
     name: str
     step: Count
     memory_version: Version
+    evaluation: UnfinishedEvaluation | None = None
 
     def __post_init__(self) -> None:
         if not self.name.endswith(end := f"-{self.step:06}"):
             raise ValueError(f"name: expected one that ends in {end!r}, because `step` is {self.step}")
+        if self.evaluation is not None and self.evaluation.step > self.step:
+            raise ValueError(f"evaluation.step: expected at most `step`, which is {self.step}")
 
 
 class RunFolder:

@@ -6,7 +6,7 @@ raised as `DomainError`, `CallFailed` or `ServiceUnavailable` of `mulligan.commo
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -159,7 +159,8 @@ class LearnerPort(Protocol):
 
     async def load_checkpoint(self, name: str) -> None: ...
 
-    async def publish_weights(self, policy_version: int) -> PublishedWeights: ...
+    async def publish_weights(self, policy_version: int, keep: Collection[int] = ()) -> PublishedWeights:
+        """Older versions are deleted, but never one in `keep`."""
 
     async def close(self) -> None:
         """Deletes the learner at its server. What was not saved is lost."""

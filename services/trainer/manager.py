@@ -33,7 +33,7 @@ from mulligan.trainer.recall import GLOBAL_SCOPE, newest
 from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
 from mulligan.trainer.run_metrics import run_ended
-from mulligan.trainer.sampling import NamedPolicy
+from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from mulligan.trainer.trainable import prompt_notices
 from mulligan.trainer.wire import settings_to_proto
@@ -239,7 +239,11 @@ class RunManager:
             learner = await self._services.open_learner(run_id, run.settings)
             try:
                 await learner.load_checkpoint(checkpoint.name)
-                await (await self._services.actor(run.settings, learner, run.notice)).publish()
+                actor = await self._services.actor(run.settings, learner, run.notice)
+                assert isinstance(actor, PublishedPolicy), "there is a learner"
+                if checkpoint.evaluation is not None:  # the run goes on with its weights
+                    actor.keeps = (checkpoint.evaluation.weights.policy_version,)
+                await actor.publish()
             finally:
                 await to_its_end(learner.close())  # it holds a place; the caller may leave at this very moment
         finally:

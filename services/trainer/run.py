@@ -102,9 +102,9 @@ class Run:
     It opens the environments and compares them with the run's fingerprints, checks what needs no learner (`check_run`),
     creates the learner, loads the last checkpoint, and publishes the weights. Each `_step` then samples (with the
     journal as recorder), learns, publishes, memorises and writes its metrics. With `learner = "none"` it leaves out
-    what needs a learner. With `rollout.max_staleness` later steps are sampled meanwhile (`Pipeline`). Evaluations and
-    checkpoints come between steps (`Evaluations`). Where the learner is lost or a disk is full, `train` begins again at
-    the last checkpoint; the journal has what was sampled since.
+    what needs a learner. With `rollout.max_staleness` later steps are sampled meanwhile (`Pipeline`). Checkpoints come
+    between steps, evaluations between or beside them (`Evaluations`). Where the learner is lost or a disk is full,
+    `train` begins again at the last checkpoint; the journal has what was sampled since.
 
     `paused` says what the run waits for, a disk or services; "" while it trains. With `accept_environment`, the run
     goes on although the environment has changed.
@@ -254,11 +254,12 @@ class Run:
             if metrics is not None:
                 self.events.add(StepEvent(step, metrics))
         every = self.settings.evaluation.every
+        checkpoint = self.folder.checkpoint()
+        under_way = {checkpoint.evaluation.step} if checkpoint and checkpoint.evaluation else set()
+        evaluated = {0, *range(0, self.step, max(every or self.step, 1))} - under_way
         lost = {
             "metrics of steps": [step for step in missing if step not in self.events.steps()],
-            "evaluations before steps": sorted(
-                {0, *range(0, self.step, max(every or self.step, 1))} - self.events.evaluations().keys()
-            ),
+            "evaluations before steps": sorted(evaluated - self.events.evaluations().keys()),
         }
         told = [f"{what} {', '.join(map(str, steps))}" for what, steps in lost.items() if steps and self.step]
         if told:
@@ -298,12 +299,14 @@ class Run:
             self.activity if evaluator is None else self.beside,
             self._notice_once,
             partial(newest, services.memory, settings, self.run_id),
+            checkpoint.evaluation if checkpoint is not None else None,
         )
         await self._publish(actor)
         self._checkpoints = CheckpointTimes(settings.checkpoint_every, settings.keep_checkpoints)
         if checkpoint is None:
-            await self._save(runner, 0)
+            await self._save(runner, evaluations)
         async with evaluations, pipeline:
+            await evaluations.go_on()
             await self._loop(runner, actor, pipeline, evaluations)
         if self.step == settings.steps:
             self.folder.write_summary(self.summary())
@@ -316,23 +319,23 @@ class Run:
         pipeline: Pipeline,
         evaluations: Evaluations,
     ) -> None:
-        """Steps, evaluations, checkpoints. An evaluation that runs beside training is over before the next one and
-        before a checkpoint of a later step, so that a resumed run has its weights. Checkpoints wait; steps do not.
-        An evaluation that fails ends the run before the next step."""
+        """Steps, evaluations, checkpoints. An evaluation that runs beside training is over before the next one. A
+        checkpoint does not wait for it, but has what repeats it. An evaluation that fails ends the run before the next
+        step."""
         settings = self.settings
         begun_at = self.step
         while self.step < settings.steps and not self._stop.is_set():
             if evaluations.is_due(self.step):
                 await evaluations.finish()
-            is_measured = not evaluations.is_running  # raises what the evaluation raised
-            if self._checkpoints.is_due and is_measured:
-                await self._save(runner, self.step)
+            evaluations.check()
+            if self._checkpoints.is_due:
+                await self._save(runner, evaluations)
             if evaluations.is_due(self.step):
                 await evaluations.begin(self.step)
             await self._step(actor, pipeline)
-        await evaluations.finish()
         if self.step > begun_at:
-            await self._save(runner, self.step)
+            await self._save(runner, evaluations)
+        await evaluations.finish()
         if self.step == settings.steps:
             await evaluations.begin(self.step)
             await evaluations.finish()
@@ -401,15 +404,16 @@ class Run:
         self.step += 1
         self._checkpoints.stepped(self.step, _clock() - sampled)
 
-    async def _save(self, runner: StepRunner, step: int) -> None:
+    async def _save(self, runner: StepRunner, evaluations: Evaluations) -> None:
         self.activity.begin("saving a checkpoint")
         start = _clock()
+        step = self.step
         name = f"{self.run_id}-{step:06}"
         if runner.learner is not None:
             await runner.learner.save_checkpoint(name)
         memory_version = await self.services.memory.snapshot(runner.memory_scope)
         self.events.sync()  # first: a run that goes on from the checkpoint does not make earlier events again
-        self.folder.write_checkpoint(Checkpoint(name, step, memory_version))
+        self.folder.write_checkpoint(Checkpoint(name, step, memory_version, evaluations.unfinished))
         self._checkpoints.saved(_clock() - start)
 
     def _players(

@@ -118,8 +118,9 @@ class PublishedPolicy:
     """The `SamplingClient` of the policy that a run trains. Every call asks for the run's version.
 
     `publish` has the learner write its weights, uploads them if there is an `upload`, and calls `update_weights`, which
-    checks them. `generate` asks for that version, and takes tokens of those that are published while it waits. A policy
-    service that lost the version in a restart refuses; then the weights are loaded again and the call is repeated.
+    checks them. The learner deletes old versions of its files, but none that `keeps` names. `generate` asks for that
+    version, and takes tokens of those that are published while it waits. A policy service that lost the version in a
+    restart refuses; then the weights are loaded again and the call is repeated.
 
     Raises ForeignWeights when the policy serves a version of somebody else, and VersionLost when the run's version was
     rolled back or the policy has another model. Both end the run.
@@ -143,6 +144,7 @@ class PublishedPolicy:
         self._upload = upload
         self._dtype = dtype
         self._weights: PublishedWeights | None = None
+        self.keeps: tuple[int, ...] = ()  # versions of this policy that another one still serves
         self._sent = 0  # the newest version that the policy may have of this run
         self._updating = asyncio.Lock()
         # Largest log-probability difference in the last weight check; None if none ran.
@@ -152,16 +154,21 @@ class PublishedPolicy:
     def version(self) -> int:
         return self._weights.policy_version if self._weights else 0
 
+    @property
+    def weights(self) -> PublishedWeights:
+        """Those that were published last."""
+        assert self._weights is not None, "nothing was published"
+        return self._weights
+
     async def publish(self) -> int:
         """Publishes the learner's weights as the policy's next version. No two publications have the same number."""
         version = await self._next()
-        await self._serve(await self._learner.publish_weights(version))
+        await self._serve(await self._learner.publish_weights(version, self.keeps))
         return version
 
-    async def publish_as(self, actor: PublishedPolicy) -> None:
-        """Publishes the weights that the actor serves, under a number of this policy's own."""
-        assert actor._weights is not None, "the actor was published"
-        await self._serve(replace(actor._weights, policy_version=await self._next()))
+    async def publish_as(self, weights: PublishedWeights) -> None:
+        """Publishes weights that were published to another policy, under a number of this policy's own."""
+        await self._serve(replace(weights, policy_version=await self._next()))
 
     async def _serve(self, weights: PublishedWeights) -> None:
         async with self._updating:
@@ -191,7 +198,8 @@ class PublishedPolicy:
         raise AssertionError("unreachable")
 
     async def _next(self) -> int:
-        return (await self._check() if self._weights else await self._newest()) + 1
+        newest = await self._check() if self._weights else await self._newest()
+        return max(newest, *self.keeps, 0) + 1  # a policy that forgot its versions would have their files overwritten
 
     async def _newest(self) -> int:
         """The greatest version that the policy ever had, including refused and rolled back ones."""

@@ -5,7 +5,7 @@ Tokens are characters: the policy "samples" the characters of a scripted answer,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -398,7 +398,7 @@ def _is_asked(query: ReflectionQuery, entry: StoredReflection, version: int) -> 
 @dataclass
 class FakeLearner:
     """Keeps what it was given, and refuses what any learner does. `state` counts optimizer steps, and is what
-    checkpoints save."""
+    checkpoints save, and what the files of published weights have: `files` are those that were not deleted."""
 
     steps: list[list[Datum]] = field(default_factory=list)
     forwards: list[list[Datum]] = field(default_factory=list)
@@ -410,6 +410,8 @@ class FakeLearner:
     adapted_layers: tuple[str, ...] = ()
     kind: WeightsKind = WeightsKind.FULL
     share_done: float = 0.0
+    files: dict[str, int] = field(default_factory=dict)  # state by URI
+    keep_files: int = 3  # with the greatest versions
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         self._check(data)
@@ -439,8 +441,12 @@ class FakeLearner:
     async def load_checkpoint(self, name: str) -> None:
         self.state = self.checkpoints[name]
 
-    async def publish_weights(self, policy_version: int) -> PublishedWeights:
+    async def publish_weights(self, policy_version: int, keep: Collection[int] = ()) -> PublishedWeights:
         uri = f"file:///w%20{policy_version}"
+        versions = {int(known.rpartition("%20")[2]): known for known in (*self.files, uri)}
+        kept = {*sorted(versions)[-self.keep_files :], policy_version, *keep}
+        self.files = {known: self.files.get(known, 0) for version, known in versions.items() if version in kept}
+        self.files[uri] = self.state
         canary = (CanaryProbe((1, 2), (LOG_PROB,)),)
         return PublishedWeights(policy_version, self.kind, uri, "0" * 64, self.fingerprint, canary)
 

@@ -4,7 +4,7 @@ watches. The ports of the trainer are fakes that wait a turn of the event loop i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,9 +92,9 @@ class _WaitingLearner(FakeLearner):
         await asyncio.sleep(0)
         await super().load_checkpoint(name)
 
-    async def publish_weights(self, policy_version: int) -> PublishedWeights:
+    async def publish_weights(self, policy_version: int, keep: Collection[int] = ()) -> PublishedWeights:
         await asyncio.sleep(0)
-        return await super().publish_weights(policy_version)
+        return await super().publish_weights(policy_version, keep)
 
     async def close(self) -> None:
         await asyncio.sleep(0)

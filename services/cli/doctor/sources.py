@@ -85,10 +85,10 @@ def needed_on_disk(settings: RunSettings | None) -> int:
         return 0
     try:
         shape, _ = shape_of(settings.model.source)
-        trained = Training.of(settings, shape).trained_parameters(shape)
+        training = Training.of(settings, shape)
     except (UnknownShape, UnsupportedModel, DomainError):
         return 0
-    return (12 + 4) * trained  # weights and two moments in float32, and weights that are sent
+    return round(training.checkpoint_bytes(shape) + training.published_bytes(shape))
 
 
 def local_folders(sources: Iterable[str]) -> list[str]:

@@ -7,6 +7,7 @@ and what CUDA and NCCL take for themselves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
@@ -37,7 +38,7 @@ class Training:
     """What the settings of a run say of the memory and the work of training."""
 
     rank: int = 0  # of LoRA; 0: all weights are trained
-    adapted: tuple[str, ...] = ()  # the linear maps that have an adapter; empty: all
+    adapted: tuple[str, ...] = ()  # names of the linear maps that have an adapter (`ModelShape.modules`); empty: all
     number: int = 2  # bytes of a number of the computation: 2 in bfloat16, 4 in float32
     has_kl: bool = False
     reference: Reference = Reference.NONE
@@ -48,13 +49,6 @@ class Training:
     def of(cls, settings: RunSettings, shape: ModelShape) -> Self:
         """Raises DomainError INVALID_FIELD for adapters of layers that the model does not have."""
         lora = settings.model.lora
-        names = tuple(name.rpartition(".")[2] for name in lora.target_modules) if lora else ()
-        for name in names:
-            if name not in shape.linears:
-                expected = f"linear layers of {shape.architecture}: {', '.join(shape.linears)}"
-                raise invalid_field(
-                    "model.lora.target_modules", f"{expected}; got {name!r}{did_you_mean(name, shape.linears)}"
-                )
         has_kl = settings.loss.kl_coefficient > 0
         reference = Reference.NONE
         if has_kl and settings.loss.kl_reference is KlReference.MOVING:
@@ -63,7 +57,7 @@ class Training:
             reference = Reference.MODEL
         return cls(
             rank=lora.rank if lora else 0,
-            adapted=names,
+            adapted=_adapted(lora.target_modules, shape) if lora else (),
             number=2 if settings.model.dtype == "bfloat16" else _FLOAT32,
             has_kl=has_kl,
             reference=reference,
@@ -79,11 +73,36 @@ class Training:
 
     def adapter_parameters(self, shape: ModelShape) -> int:
         """0 without LoRA. An adapter of rank r has r × (inputs + outputs) of each linear map."""
-        chosen = [shape.linears[name] for name in (self.adapted or shape.linears)]
-        return shape.layers * self.rank * sum(inputs + outputs for inputs, outputs in chosen)
+        modules = shape.modules
+        return self.rank * sum(sum(modules[name]) for name in self.adapted or modules)
 
     def trained_parameters(self, shape: ModelShape) -> int:
         return self.adapter_parameters(shape) if self.rank else shape.parameters
+
+    def checkpoint_bytes(self, shape: ModelShape) -> float:
+        """Of a checkpoint after an optimizer step, but for names and counters: weights, moments, moving reference."""
+        kept_again = _FLOAT32 if self.reference is Reference.TRAINED else 0
+        return (_FLOAT32 + 2 * self.moment + kept_again) * self.trained_parameters(shape)
+
+    def published_bytes(self, shape: ModelShape) -> int:
+        """Of the weights that the policy is given after a step."""
+        return (_FLOAT32 if self.rank else self.number) * self.trained_parameters(shape)
+
+
+def _adapted(targets: Sequence[str], shape: ModelShape) -> tuple[str, ...]:
+    """The names of the maps that these targets name, as peft finds them: each once, whole or from a dot on. Raises
+    DomainError INVALID_FIELD for a target that names none."""
+    modules = shape.modules
+    for target in targets:
+        if not any(_names(target, module) for module in modules):
+            expected = f"linear layers of {shape.architecture}: {', '.join(shape.linears)}"
+            near = did_you_mean(target, [*shape.linears, *modules])
+            raise invalid_field("model.lora.target_modules", f"{expected}; got {target!r}{near}")
+    return tuple(module for module in modules if any(_names(target, module) for target in targets))
+
+
+def _names(target: str, module: str) -> bool:
+    return module == target or module.endswith(f".{target}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +192,7 @@ def saved_per_token(shape: ModelShape, training: Training, *, on_gpu: bool) -> f
     statistics = _FLOAT32 * (2 + shape.heads)  # of the norms; the attention's sums
     if shape.query_norms:
         statistics += _FLOAT32 * (shape.heads + shape.key_value_heads)
-    ranks = number * training.rank * len(training.adapted or shape.linears) if lora else 0
+    ranks = number * training.rank * len(training.adapted or shape.modules) / shape.layers if lora else 0
     return (
         hidden * shape.hidden
         + mlp * shape.intermediate

@@ -58,6 +58,15 @@ class ModelShape:
         }
 
     @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear maps of all layers, by the names that they have in transformers."""
+        return {
+            f"model.layers.{layer}.{'mlp' if name in _MLP else 'self_attn'}.{name}": sizes
+            for layer in range(self.layers)
+            for name, sizes in self.linears.items()
+        }
+
+    @property
     def layer_matrices(self) -> int:
         """Parameters of the linear maps of a layer."""
         return sum(inputs * outputs for inputs, outputs in self.linears.values())

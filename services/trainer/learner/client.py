@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Self
@@ -147,8 +147,8 @@ class LearnerClient:
         response = await self._connection.call(self._stub.LoadCheckpoint, request, timeout=CALL_SECONDS)
         self._next_call = response.next_sequence
 
-    async def publish_weights(self, policy_version: int) -> PublishedWeights:
-        request = pb.PublishWeightsRequest(**self._ids, policy_version=policy_version)
+    async def publish_weights(self, policy_version: int, keep: Collection[int] = ()) -> PublishedWeights:
+        request = pb.PublishWeightsRequest(**self._ids, policy_version=policy_version, keep_versions=keep)
         response = await self._connection.call(self._stub.PublishWeights, request, timeout=CALL_SECONDS)
         kind = WeightsKind.LORA if response.lora else WeightsKind.FULL
         canary = self._connection.read(_canary, response)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -345,8 +345,8 @@ class Learner:
         if state.moments != self.spec.optimizer.moments:
             raise storage.damaged(name, f"it has moments of the kind {state.moments} (optimizer.moments)")
 
-    def publish_weights(self, policy_version: int) -> PublishedWeights:
-        """Writes all weights, or the LoRA adapter, to the weights folder. Older versions are deleted.
+    def publish_weights(self, policy_version: int, keep: Collection[int] = ()) -> PublishedWeights:
+        """Writes all weights, or the LoRA adapter, to the weights folder. Older versions are deleted, but not `keep`.
 
         With unchanged weights it writes the same file and probes again. Raises DomainError DISK_FULL.
         """
@@ -364,7 +364,7 @@ class Learner:
             save = partial(self.model.save_adapter, self.model.adapter_weights())
             names = ("adapter_config.json", "adapter_model.safetensors")
             sha256 = self._ranks.first(partial(storage.publish_folder, save, path, names, to_group=to_group))
-        named = {policy_version, self._published}  # the policy may not have taken the newest yet
+        named = {policy_version, self._published, *keep}  # the policy may not have taken the newest yet
         self._ranks.first(partial(storage.keep_published, folder, self.learner_id, self.server.keep_weights, named))
         self._published = policy_version
         with self._arithmetic():

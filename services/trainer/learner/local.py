@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Self, TypeVar
@@ -74,8 +74,8 @@ class LocalLearner:
     async def load_checkpoint(self, name: str) -> None:
         await self._run(lambda learner: learner.load_checkpoint(name))
 
-    async def publish_weights(self, policy_version: int) -> PublishedWeights:
-        return await self._run(lambda learner: learner.publish_weights(policy_version))
+    async def publish_weights(self, policy_version: int, keep: Collection[int] = ()) -> PublishedWeights:
+        return await self._run(lambda learner: learner.publish_weights(policy_version, keep))
 
     async def close(self) -> None:
         """Waits for the current call, then frees the model."""

@@ -56,7 +56,9 @@ _WORK: dict[type[Message], Callable[..., Any]] = {
     pb.OptimStepRequest: lambda learner, request: learner.optim_step(),
     pb.SaveCheckpointRequest: lambda learner, request, **state: learner.save_checkpoint(request.name, **state),
     pb.LoadCheckpointRequest: lambda learner, request: learner.load_checkpoint(request.name),
-    pb.PublishWeightsRequest: lambda learner, request: learner.publish_weights(request.policy_version),
+    pb.PublishWeightsRequest: lambda learner, request: learner.publish_weights(
+        request.policy_version, request.keep_versions
+    ),
 }
 
 

@@ -1308,20 +1308,28 @@ class PublishWeightsRequest(_message.Message):
     LEARNER_ID_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    KEEP_VERSIONS_FIELD_NUMBER: _builtins.int
     learner_id: _builtins.str
     owner: _builtins.str
     policy_version: _builtins.int
     """The version under which the policy will serve them."""
+    @_builtins.property
+    def keep_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Versions whose files this call does not delete, because a policy is still given them: the one that an evaluation
+        beside training measures. Those that are not there are ignored. Not negative.
+        """
+
     def __init__(
         self,
         *,
         learner_id: _builtins.str = ...,
         owner: _builtins.str = ...,
         policy_version: _builtins.int = ...,
+        keep_versions: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["learner_id", b"learner_id", "owner", b"owner", "policy_version", b"policy_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_versions", b"keep_versions", "learner_id", b"learner_id", "owner", b"owner", "policy_version", b"policy_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -240,7 +240,7 @@ class LearnerServiceServicer:
     def PublishWeights(self, request, context):
         """Writes the present weights where the policy service can read them, and computes the log-probabilities that the
         canary compares. Idempotent on policy_version while the weights are the same. The server keeps the highest versions,
-        and in any case the last two that it published. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
+        in any case the last two that it published, and `keep_versions`. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

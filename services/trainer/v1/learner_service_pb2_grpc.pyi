@@ -92,7 +92,7 @@ class LearnerServiceStub:
     PublishWeights: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.PublishWeightsRequest, _learner_service_pb2.PublishWeightsResponse]
     """Writes the present weights where the policy service can read them, and computes the log-probabilities that the
     canary compares. Idempotent on policy_version while the weights are the same. The server keeps the highest versions,
-    and in any case the last two that it published. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
+    in any case the last two that it published, and `keep_versions`. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
     """
 
 class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -233,7 +233,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_learner_service_pb2.PublishWeightsResponse]:
         """Writes the present weights where the policy service can read them, and computes the log-probabilities that the
         canary compares. Idempotent on policy_version while the weights are the same. The server keeps the highest versions,
-        and in any case the last two that it published. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
+        in any case the last two that it published, and `keep_versions`. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
         """
 
 def add_LearnerServiceServicer_to_server(servicer: LearnerServiceServicer, server: _aio.Server) -> None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -49,7 +49,7 @@ async def run(servers: PolicyServers) -> PublishedPolicy:
     """A run's policy, whose learner writes real files."""
 
     class Learner(FakeLearner):
-        async def publish_weights(self, policy_version: int):  # type: ignore[no-untyped-def]
+        async def publish_weights(self, policy_version: int, keep: Collection[int] = ()):  # type: ignore[no-untyped-def]
             return servers.weights(policy_version)
 
     actor = await NamedPolicy.open(servers.client, "")

@@ -62,6 +62,32 @@ def test_lora_needs_less() -> None:
     assert "reference of the KL" not in table, "it is the model without its adapter"
 
 
+def test_a_checkpoint_is_as_large_as_its_moments_and_reference() -> None:
+    """4,022,468,096 parameters, with 4 bytes of weights and two moments: in float32, or of 1 + 4 / 256 bytes."""
+
+    def said(*changes: str) -> str:
+        (found,) = re.findall(r"a checkpoint: (\S+) GiB", dry_run(*PAPER, *changes).stdout)
+        return str(found)
+
+    eight_bits = ("--set", "optimizer.moments=8bit")
+    moving = ("--set", "loss.kl_coefficient=0.1", "--set", "loss.kl_reference=moving")
+    assert [said(), said(*eight_bits), said(*moving), said(*eight_bits, *moving)] == ["45", "22.6", "59.9", "37.6"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "trained"),
+    [
+        # a row of inputs and a column of outputs for each rank: 8 × (2560 + 4096), in 36 layers or in one
+        ("['q_proj']", "1.92 million"),
+        ("['q_proj','q_proj','self_attn.q_proj']", "1.92 million"),
+        ("['layers.0.self_attn.q_proj']", "53,248"),
+    ],
+)
+def test_adapters_are_counted_once_and_where_they_are(targets: str, trained: str) -> None:
+    result = dry_run(*PAPER, "--set", "model.lora.rank=8", "--set", f"model.lora.target_modules={targets}")
+    assert f"trained: LoRA of rank 8, {trained} parameters" in result.stdout, result.output
+
+
 def test_assumptions_change_the_estimate() -> None:
     slow = dry_run(*PAPER, "--assume", "gpu=a100", "--assume", "turns=4", "--assume", "microbatch_tokens=20000").stdout
     assert "NVIDIA A100" in slow and "turns = 4 in an episode\n" in slow and "20,000 tokens at once" in slow

@@ -105,7 +105,6 @@ def test_kills_one_after_another_cost_one_optimizer_step_each(tmp_path: Path) ->
 
 
 def test_what_is_owed_stays_owed_until_it_is_saved() -> None:
-    """Saving may have to wait for an evaluation."""
     times = CheckpointTimes(every=3, keep=2)
     times.saved(100.0)
     due = []

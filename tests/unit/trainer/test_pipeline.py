@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,15 @@ from hypothesis import strategies as st
 
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
 from mulligan.common.experience import Sample, Segment, SegmentKind, TokenSequence
-from mulligan.common.inference import CallOptions, Completion, Prompt, SamplingParams, VersionSpan
+from mulligan.common.inference import (
+    CallOptions,
+    Completion,
+    Prompt,
+    SamplingParams,
+    VersionSpan,
+)
 from mulligan.common.types import Outcome
 from mulligan.trainer.data import Datum
-from mulligan.trainer.events import EvaluationEvent, StepEvent
 from mulligan.trainer.journal import (
     GroupsReplaced,
     SamplingBegan,
@@ -289,91 +293,6 @@ def test_chains_of_older_steps_come_first(tmp_path: Path) -> None:
     assert later, "step 0 replaces groups"
     overtaken = [chain for chain in first if chains.index(chain) < chains.index(later[-1])]
     assert len(overtaken) <= 2, "one for each round that ended, before the next one was chosen"
-
-
-EVALUATED: dict[str, Any] = {"policies": {"evaluator": "second"}, "evaluation": {"every": 2, "samples": 2}}
-
-
-class EvaluatedWorld(SlowWorld):
-    """Has a second policy of the same model, which takes long for an attempt."""
-
-    def __init__(self, folder: Path, ahead: int, timing: int = 0, seconds: float = 40.0, **changes: Any):
-        super().__init__(folder, ahead, timing, **(EVALUATED | changes))
-        second = FakePolicy(lambda system, last, sampling: self._say(system, sampling.seed or 0))
-        inner = second.generate
-
-        async def generate(
-            prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
-        ) -> Completion:
-            await asyncio.sleep(seconds)
-            return await inner(prompt, sampling, options)
-
-        second.generate = generate  # type: ignore[method-assign]
-        self.policy.others["second"] = second
-
-
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_evaluations_by_a_second_policy_run_beside_training(tmp_path: Path, ahead: int) -> None:
-    world = EvaluatedWorld(tmp_path, ahead)
-    train(world)
-    events = [entry.event for entry in world.run().events.entries]
-    order = [(type(event), event.step) for event in events if isinstance(event, StepEvent | EvaluationEvent)]
-    assert [step for kind, step in order if kind is EvaluationEvent] == [0, 2, 4, 5]
-    assert order.index((StepEvent, 0)) < order.index((EvaluationEvent, 0)), "the learner did not wait"
-    given = world.policy.others["second"].updates
-    assert [weights.policy_version for weights in given] == [1, 2, 3, 4], "numbers of its own"
-    learned = [weights.uri for weights in given]
-    assert learned == [f"file:///w%20{version}" for version in (1, 3, 5, 6)], "after 0, 2, 4 and 5 steps"
-    assert sorted(world.learner.checkpoints) == ["run-000000", "run-000002", "run-000004", "run-000005"]
-    assert "the learner waits" not in " ".join(notices(world.run()))
-
-
-def test_without_a_second_policy_the_learner_waits_and_says_so_once(tmp_path: Path) -> None:
-    world = SlowWorld(tmp_path, 1, evaluation={"every": 1, "samples": 1})
-    train(world)
-    told = [text for text in notices(world.run()) if text.startswith("the learner waits for each evaluation")]
-    assert len(told) == 1 and "policies.evaluator" in told[0]
-    in_turns = SlowWorld(tmp_path / "turns", 0, evaluation={"every": 1, "samples": 1})
-    train(in_turns)
-    assert not any("the learner waits" in text for text in notices(in_turns.run()))
-
-
-@settings(max_examples=examples(15), suppress_health_check=QUIET)
-@given(timing=st.integers(0, 10**6), crashes=st.lists(st.integers(0, 120), min_size=1, max_size=3))
-def test_no_evaluation_is_lost_in_a_crash(
-    tmp_path_factory: pytest.TempPathFactory, timing: int, crashes: list[int]
-) -> None:
-    world = EvaluatedWorld(tmp_path_factory.mktemp("cut"), 1, timing, checkpoint_every=1)
-    crash(world, crashes, 0, run_in_virtual_time)
-    events = world.run().events
-    counts = Counter(entry.event.step for entry in events.entries if isinstance(entry.event, EvaluationEvent))
-    assert counts == {0: 1, 2: 1, 4: 1, 5: 1}
-    assert sorted(events.steps()) == list(range(STEPS))
-
-
-def test_an_evaluation_that_fails_ends_the_run_before_the_next_step(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"evaluation": {"every": 0, "samples": 1}, "checkpoint_every": 100}
-    world = EvaluatedWorld(tmp_path, 0, seconds=0, **changes)
-
-    async def generate(prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()) -> Completion:
-        raise RuntimeError("the evaluator is broken")
-
-    world.policy.others["second"].generate = generate  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="the evaluator is broken"):
-        train(world)
-    assert sorted(world.run().events.steps()) == [0], "the step that was under way"
-
-
-async def test_an_evaluator_that_cannot_be_one_is_refused_by_name(tmp_path: Path) -> None:
-    world = SlowWorld(tmp_path, 1, policies={"evaluator": "second"})
-    with pytest.raises(DomainError, match=r"policies\.evaluator: there is no policy 'second'"):
-        await world.run().train()
-    world.policy.others["second"] = FakePolicy(lambda *_: "", frozen=True)
-    with pytest.raises(DomainError, match=r"policies\.evaluator: policy 'second' is frozen"):
-        await world.run().train()
-    same = SlowWorld(tmp_path / "same", 1, policies={"evaluator": "actor"})
-    with pytest.raises(DomainError, match=r"policies\.evaluator: it is the actor; .* training waits for evaluations"):
-        await same.run().train()
 
 
 def sampled_by(*versions: int, policy: str = "") -> Sample:

@@ -67,6 +67,15 @@ async def test_weights_are_uploaded_where_no_file_system_is_shared() -> None:
     assert fake.updates[1].uri == "upload://2", "a URI is for one update"
 
 
+async def test_no_number_is_given_again_whose_file_must_stay() -> None:
+    fake, policy = await policies()
+    policy.keeps = (4,)
+    assert await policy.publish() == 5
+    fake.version = 0  # it forgot its versions
+    policy.keeps = ()
+    assert await policy.publish() == 6
+
+
 async def test_a_new_run_goes_on_above_all_versions_that_ever_were() -> None:
     fake, policy = await policies()
     fake.version = 5

@@ -4,10 +4,13 @@ published."""
 from __future__ import annotations
 
 import gc
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,6 +28,7 @@ from mulligan.trainer.estimate.shapes import KNOWN, shape_from, shape_of
 from mulligan.trainer.learner import model as model_module
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.settings import LearnerSpec
+from mulligan.trainer.loss_terms import KlReference
 from mulligan.trainer.losses import ppo
 from mulligan.trainer.settings import LoraSettings, OptimizerSettings, RunSettings, TrainedModelSettings
 from tests.support.learning import PLAIN, sampled, server_settings
@@ -197,14 +201,92 @@ def test_what_is_trained_is_read_from_the_settings_of_a_run() -> None:
     assert memory(shape, eight_bits, 1).moments == 2 * (shape.parameters + 4 * shape.parameters / 256)
     lora = {"rank": 4, "target_modules": ["self_attn.q_proj", "down_proj"]}
     found = training(model={"lora": lora, "dtype": "bfloat16"})
-    assert found == Training(rank=4, adapted=("q_proj", "down_proj"), has_kl=True)
+    names = [name for layer in range(36) for name in (f"{layer}.self_attn.q_proj", f"{layer}.mlp.down_proj")]
+    adapted = tuple(f"model.layers.{name}" for name in names)
+    assert found == Training(rank=4, adapted=adapted, has_kl=True)
     # q: 2560 → 4096; down: 9728 → 2560
     assert found.adapter_parameters(shape) == 36 * 4 * ((2560 + 4096) + (9728 + 2560))
 
 
-def test_adapters_of_unknown_layers_are_refused() -> None:
+def adapted(targets: Sequence[str], **optimizer: str) -> RunSettings:
+    lora = {"rank": 4, "target_modules": targets}
+    return RunSettings.model_validate({"environment": "game", "model": {"lora": lora}, "optimizer": optimizer})
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [],
+        ["q_proj", "q_proj"],
+        ["q_proj", "self_attn.q_proj", "down_proj"],
+        ["layers.2.self_attn.q_proj"],
+        ["model.layers.0.mlp.up_proj", "model.layers.3.mlp.up_proj", "v_proj"],
+        ["0.self_attn.o_proj", "layers.0.self_attn.o_proj"],
+    ],
+)
+def test_adapters_are_counted_where_peft_puts_them(tmp_path: Path, targets: list[str]) -> None:
+    write_model(qwen3(), tmp_path)
+    settings = adapted(targets)
+    model = settings.model.model_copy(update={"source": str(tmp_path)})
+    learner = Learner("learner", LearnerSpec(model, OptimizerSettings()), server_settings(tmp_path))
+    shape, _ = shape_of(str(tmp_path))
+    assert Training.of(settings, shape).trained_parameters(shape) == learner.trainable_parameter_count
+
+
+@pytest.mark.parametrize(
+    ("target", "near"),
+    [
+        ("qproj", "'q_proj'"),
+        ("attn.q_proj", ""),
+        ("model.layers.36.mlp.up_proj", r"'model\.layers\.\d+\.mlp\.up_proj'"),
+        ("self_attn", ""),
+    ],
+)
+def test_adapters_of_unknown_layers_are_refused(target: str, near: str) -> None:
+    said = rf"model\.lora\.target_modules.*got '{re.escape(target)}'.*{near}"
+    with pytest.raises(DomainError, match=said):
+        Training.of(adapted(["k_proj", target]), shape_from(KNOWN["Qwen/Qwen3-4B"]))
+
+
+MOVING = ppo.Settings(kl_coefficient=0.1, kl_reference=KlReference.MOVING)
+
+
+@pytest.mark.timeout(600)  # moments of 8 bits are compiled
+@pytest.mark.parametrize(
+    ("moments", "rank", "loss", "each"),
+    [
+        ("float32", 0, PLAIN, 12),
+        ("float32", 0, MOVING, 16),
+        ("float32", 8, PLAIN, 12),
+        ("float32", 8, MOVING, 16),
+        pytest.param("8bit", 0, PLAIN, 6, marks=pytest.mark.long),
+        pytest.param("8bit", 0, MOVING, 10, marks=pytest.mark.long),
+    ],
+)
+def test_a_checkpoint_has_the_estimated_size(
+    tmp_path: Path, moments: str, rank: int, loss: ppo.Settings, each: int
+) -> None:
+    """The numbers in its tensors, within 1%: with 8 bits, blocks are shorter than in large models, and have a scale
+    each; norms stay float32."""
+    if moments == "8bit":
+        pytest.importorskip("torchao", reason="needs the extra adam8bit")
+    write_model(qwen3(), tmp_path)
     settings = RunSettings.model_validate(
-        {"environment": "game", "model": {"lora": {"rank": 4, "target_modules": ["qproj"]}}}
+        {
+            "environment": "game",
+            "model": {"source": str(tmp_path), "lora": {"rank": rank} if rank else None},
+            "optimizer": {"moments": moments},
+            "loss": {"kl_coefficient": loss.kl_coefficient, "kl_reference": loss.kl_reference},
+        }
     )
-    with pytest.raises(DomainError, match=r"model.lora.target_modules.*did you mean 'q_proj'"):
-        Training.of(settings, shape_from(KNOWN["Qwen/Qwen3-4B"]))
+    learner = Learner("learner", LearnerSpec(settings.model, settings.optimizer), server_settings(tmp_path))
+    learner.forward_backward([sampled(tokens=[2, 3, 4], trained=[1, 2], rollout=[-3.0] * 2)], loss)
+    learner.optim_step()
+    learner.save_checkpoint("one")
+    files = (learner.server.checkpoint_folder / "learner" / "one").glob("*.safetensors")
+    parts = [load_file(file) for file in files if not file.name.startswith("random")]
+    size = sum(tensor.nbytes for part in parts for tensor in part.values())
+    shape, _ = shape_of(str(tmp_path))
+    found = Training.of(settings, shape).checkpoint_bytes(shape)
+    assert size == pytest.approx(found, rel=0.01)
+    assert found / learner.trainable_parameter_count == pytest.approx(each, rel=0.01)

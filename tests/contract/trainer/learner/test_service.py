@@ -31,6 +31,7 @@ from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
 from tests.support.learning import LORA, PLAIN, many, sampled, server_settings, spec
 from tests.support.tiny_model import write_tiny_model
 from tests.support.waiting import until
+from tests.unit.trainer.learner.test_storage import path_of
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,11 @@ async def test_over_the_wire_is_as_in_process(client: LearnerClient, tiny: Path,
     assert (published.policy_version, published.kind) == (7, WeightsKind.FULL)
     expected = local.publish_weights(7)
     assert (published.sha256, published.canary) == (expected.sha256, expected.canary) and published.canary
+    for version in range(8, 12):
+        await client.publish_weights(version, keep=[7])
+    assert path_of(published).exists(), "it was asked to stay"
+    await client.publish_weights(12)
+    assert not path_of(published).exists()
 
 
 async def test_many_data_go_in_several_messages(

@@ -53,6 +53,11 @@ def test_parameters_are_those_of_the_model(config: dict[str, Any]) -> None:
         if isinstance(module, torch.nn.Linear)
     }
     assert shape.linears == matrices
+    assert shape.modules == {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    }
 
 
 def test_a_shape_is_read_from_a_folder_with_nothing_but_its_config(tmp_path: Path) -> None:

@@ -105,6 +105,27 @@ def test_published_weights_are_kept_by_version_whatever_their_times_say(
     assert [name.removesuffix(".safetensors") for name in kept(tmp_path / "weights")] == expected
 
 
+@pytest.mark.parametrize("lora", [FULL, LORA])
+def test_a_version_that_is_asked_to_stay_stays_while_it_is(
+    tiny: Path, tmp_path: Path, lora: LoraSettings | None
+) -> None:
+    """What an evaluation beside training measures. A learner of a later process is asked, too."""
+
+    def versions() -> list[int]:
+        return [int(name.removesuffix(".safetensors").rpartition("-v")[2]) for name in kept(tmp_path / "weights")]
+
+    learner = make(tiny, tmp_path, lora)
+    measured = path_of(learner.publish_weights(1))
+    for version in range(2, 6):
+        learner.publish_weights(version, [1])
+    assert versions() == [1, 3, 4, 5]
+    again = make(tiny, tmp_path, lora)
+    again.publish_weights(6, [1, 99])
+    assert versions() == [1, 4, 5, 6] and measured.exists()
+    again.publish_weights(7)
+    assert versions() == [5, 6, 7]
+
+
 def no_space() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
