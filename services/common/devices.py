@@ -60,7 +60,9 @@ class TorchDevices:
         if not self.gpus:
             return f"{name!r} needs a GPU, and {self.why_none}"
         if number >= self.gpus:
-            return f"no such device {name!r}: torch sees {counted(self.gpus)}, the last of which is cuda:{self.gpus - 1}"
+            return (
+                f"no such device {name!r}: torch sees {counted(self.gpus)}, the last of which is cuda:{self.gpus - 1}"
+            )
         return ""
 
     @property

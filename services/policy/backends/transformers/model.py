@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from mulligan import models
-from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.devices import TorchDevices
+from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from mulligan.policy.backends.transformers import Settings, attention
 from mulligan.policy.huggingface.tokenizer import Tokenizer
