@@ -20,8 +20,8 @@ _SHOWN = 100  # characters of a name
 
 
 def parse_device(name: str, kinds: Sequence[str] = KINDS) -> tuple[str, int]:
-    """The kind of `cuda` or `cuda:1`, and its number, which is 0 where there is none. Raises ValueError, which says what
-    there is."""
+    """The kind of `cuda` or `cuda:1`, and its number, which is 0 where there is none. Raises ValueError, which says
+    what there is."""
     found = _NAME.fullmatch(name)
     if found and found[1] in kinds:
         return found[1], int(found[2] or 0)

@@ -291,7 +291,7 @@ async def test_each_process_of_the_learner_needs_a_gpu(
 
 
 def test_other_accelerators_will_do_for_a_policy() -> None:
-    seen = {"version": "2", "built": None, "other": "mps", "gpus": []}
+    seen: dict[str, Any] = {"version": "2", "built": None, "other": "mps", "gpus": []}
     assert installed.judge_gpu(Topic("gpu", "policy"), "mps", seen).verdict == "ok"
     assert installed.devices({"policy": {"device": "auto"}, "trainer": {"device": "cpu"}}) == {}
 

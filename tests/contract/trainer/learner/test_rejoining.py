@@ -59,8 +59,8 @@ def two_machines() -> list[str]:
 
 
 def kill_in_turn(file: Path, ranks: Sequence[int]) -> None:
-    """Each of these, once all have joined. A process that starts anew does not write before it has joined the others, and
-    has heard from each of them."""
+    """Each of these, once all have joined. The first process does not write before it has joined the others, and has
+    heard from each of them."""
     seen = 0
 
     def joined() -> list[list[int]]:

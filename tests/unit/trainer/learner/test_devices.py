@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from mulligan.common.devices import TorchDevices
 from mulligan.trainer import __main__ as trainer
-from mulligan.trainer.learner import ranks as ranks_module
+from mulligan.trainer.config import TrainerSettings
 from mulligan.trainer.learner.devices import device_problem
+from mulligan.trainer.learner.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +38,10 @@ def started(monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[Any]:
     monkeypatch.setattr(sys, "argv", ["trainer", *flags])
     monkeypatch.setattr(trainer, "launch", launch)
     monkeypatch.setattr(trainer, "run", lambda settings, serve: found.append("serves"))
-    monkeypatch.setattr(trainer, "_join", lambda settings: ranks_module.Ranks())
+    monkeypatch.setattr(trainer, "_join", lambda settings: Ranks())
     monkeypatch.setattr(trainer, "return_freed_memory", lambda: None)
-    try:
+    with suppress(InterruptedError):
         trainer.main()
-    except InterruptedError:
-        pass
     return found
 
 
@@ -91,8 +92,8 @@ def test_under_torchrun_a_refusal_ends_torchrun(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     ended: list[tuple[int, int]] = []
-    monkeypatch.setattr(ranks_module.os, "getppid", lambda: 1234)
-    monkeypatch.setattr(ranks_module.os, "kill", lambda *arguments: ended.append(arguments))
+    monkeypatch.setattr(os, "getppid", lambda: 1234)
+    monkeypatch.setattr(os, "kill", lambda *arguments: ended.append(arguments))
     with pytest.raises(SystemExit):
         started(monkeypatch, *flags.split())
     assert ended == [(1234, signal.SIGTERM)]
@@ -114,7 +115,7 @@ def test_torchruns_whose_processes_would_not_find_each_other_are_refused(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    settings = trainer.TrainerSettings.load([])
+    settings = TrainerSettings.load([])
     with pytest.raises(SystemExit):
         trainer._join(settings)
     said = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE: expected 1 in the environment of each of the 2 torchrun"
