@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
@@ -31,8 +32,9 @@ from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.learner import servicer as learners
 from mulligan.trainer.learner.allocator import return_freed_memory
 from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.learner.devices import device_problem
 from mulligan.trainer.learner.folders import claim
-from mulligan.trainer.learner.ranks import Ranks, launch, launched
+from mulligan.trainer.learner.ranks import BadLaunch, Ranks, launch, launched, refusals_are_final
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import ServicePorts
@@ -47,17 +49,35 @@ class _Client(Protocol):
 
 def main() -> None:
     keep_files_private()
-    settings = TrainerSettings.load(sys.argv[1:])
+    with refusals_are_final():
+        settings = TrainerSettings.load(sys.argv[1:])
+        _refuse_absent_device(settings)
     if not launched() and settings.learner_processes > 1:
         launch("mulligan.trainer", sys.argv[1:], settings.learner_processes, settings.drain_seconds)
     return_freed_memory()
-    ranks = Ranks.join(settings.device) if launched() else Ranks()
+    with refusals_are_final():
+        ranks = _join(settings) if launched() else Ranks()
     if ranks.is_first:
         run(settings, partial(_serve, settings, ranks))
     else:
         configure_logging(settings)
         learners.follow(settings.learner, ranks)
         ranks.leave()
+
+
+def _refuse_absent_device(settings: TrainerSettings) -> None:
+    processes, setting = settings.learner_processes, "learner_processes"
+    if launched():
+        processes, setting = int(os.environ["LOCAL_WORLD_SIZE"]), "--nproc-per-node"
+    if problem := device_problem(settings.device, processes, setting):
+        refuse(settings.service, problem)
+
+
+def _join(settings: TrainerSettings) -> Ranks:
+    try:
+        return Ranks.join(settings.device)
+    except BadLaunch as error:
+        refuse(settings.service, str(error))
 
 
 async def _serve(settings: TrainerSettings, ranks: Ranks) -> None:

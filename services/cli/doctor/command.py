@@ -144,12 +144,13 @@ def _installed(patient: Patient) -> list[Examination]:
         return [installed.check_python(), *versions, *extras]
 
     wanted = installed.devices(patient.configs)
+    processes = installed.learner_processes(patient.configs)
     settings = patient.settings
     fit = partial(sources.check_fit, settings, on_gpu=True) if settings is not None else None
     return [
         blocking(Topic("version", "packages"), packages, _SECONDS),
         Examination(Topic("version", "services"), _versions_of_services, _SECONDS),
-        Examination(Topic("gpu", "cuda"), lambda: installed.check_gpu(wanted, _SECONDS - 1, fit), _SECONDS),
+        Examination(Topic("gpu", "cuda"), lambda: installed.check_gpu(wanted, _SECONDS - 1, fit, processes), _SECONDS),
     ]
 
 

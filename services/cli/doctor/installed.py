@@ -17,16 +17,19 @@ from packaging.version import InvalidVersion, Version
 
 import mulligan
 from mulligan.cli.doctor.finding import Finding, Topic
+from mulligan.common.devices import KINDS, counted, parse_device
 from mulligan.common.extras import how_to_install
 
 _OLDEST = (3, 11)
 COMPARED = ("grpcio", "protobuf", "pydantic", "torch", "transformers", "peft", "safetensors", "tokenizers")
 _SERVICES = ("env", "policy", "memory", "trainer")
 _UP = "`mulligan up`"
+_ANYWHERE = ("", "auto", "cpu")  # devices that every machine has
 _TORCH = (
     "import json, torch; gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0;"
-    "print(json.dumps({'version': torch.__version__, 'built': torch.version.cuda, 'gpus': [dict(name="
-    "torch.cuda.get_device_name(one), free=torch.cuda.mem_get_info(one)[0]) for one in range(gpus)]}))"
+    "from mulligan.common.devices import TorchDevices; seen = TorchDevices.seen_by(torch);"
+    "print(json.dumps({'version': torch.__version__, 'built': seen.built_for_gpus, 'other': seen.other, 'gpus': [dict("
+    "name=torch.cuda.get_device_name(one), free=torch.cuda.mem_get_info(one)[0]) for one in range(gpus)]}))"
 )
 
 
@@ -172,10 +175,16 @@ def devices(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         while left:
             table = left.pop()
             device = table.get("device")
-            if isinstance(device, str) and device.startswith("cuda"):
+            if isinstance(device, str) and device not in _ANYWHERE:
                 found[service] = device
             left += _tables(table)
     return found
+
+
+def learner_processes(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Of the trainer on this machine."""
+    count = configs.get("trainer", {}).get("learner_processes", 1)
+    return count if isinstance(count, int) else 1
 
 
 async def ask_torch(seconds: float) -> Any:
@@ -198,10 +207,13 @@ async def ask_torch(seconds: float) -> Any:
 
 
 async def check_gpu(
-    configured: Mapping[str, str], seconds: float, judge_fit: Callable[[float], Finding] | None = None
+    configured: Mapping[str, str],
+    seconds: float,
+    judge_fit: Callable[[float], Finding] | None = None,
+    processes: int = 1,
 ) -> list[Finding]:
-    """Whether torch sees the GPUs that the settings name. `judge_fit` says whether training fits into the free bytes of
-    the trainer's GPU."""
+    """Whether torch sees the devices that the settings name, and a GPU for each of the learner's processes. `judge_fit`
+    says whether training fits into the free bytes of the trainer's GPU."""
     topic = Topic("gpu", "cuda")
     if not configured:
         return [topic.skipped('No setting says device = "cuda"; give --config FILE, the file of `mulligan up`.')]
@@ -215,6 +227,8 @@ async def check_gpu(
         return [topic.problem(said, f"Install it: {how_to_install('trainer')}.")]
     found = [judge_gpu(Topic("gpu", service), device, seen) for service, device in configured.items()]
     number = gpu_number(configured.get("trainer", ""), len(seen["gpus"]))
+    if number is not None and processes > 1:
+        found.append(judge_processes(Topic("gpu", "learner"), processes, len(seen["gpus"])))
     if judge_fit is not None and number is not None:
         found.append(judge_fit(seen["gpus"][number]["free"]))
     return found
@@ -222,15 +236,24 @@ async def check_gpu(
 
 def gpu_number(device: str, count: int) -> int | None:
     """Of `cuda` and `cuda:1`; None if there is no such GPU among so many."""
-    kind, colon, text = device.partition(":")
-    if kind != "cuda" or (colon and not (text.isascii() and text.isdecimal())):
+    try:
+        kind, number = parse_device(device)
+    except ValueError:
         return None
-    number = int(text or 0)
-    return number if number < count else None
+    return number if kind == "cuda" and number < count else None
 
 
 def judge_gpu(topic: Topic, device: str, seen: Mapping[str, Any]) -> Finding:
+    """Of a service's setting `device`, where torch said what it sees."""
     gpus = seen["gpus"]
+    # A learner computes on CPUs and on GPUs of CUDA alone.
+    kinds = KINDS if topic.subject == "trainer" else [*KINDS, *filter(None, [seen.get("other")])]
+    try:
+        kind, number = parse_device(device, kinds)
+    except ValueError as error:
+        return topic.problem(f"The setting device: {error}.", "Correct the setting `device`.")
+    if kind != "cuda":
+        return topic.ok(f"torch has the device {device}.")
     if not seen["built"]:
         said = f"device = {device!r}, and torch {seen['version']} was built without CUDA."
         return topic.problem(said, "Install a build of torch for CUDA, or set device to cpu.")
@@ -238,8 +261,14 @@ def judge_gpu(topic: Topic, device: str, seen: Mapping[str, Any]) -> Finding:
         said = f"device = {device!r}, and torch sees no GPU."
         remedy = "Look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES; a container needs `--gpus all`."
         return topic.problem(said, remedy)
-    number = gpu_number(device, len(gpus))
-    if number is None:
-        said = f"device = {device!r}, and torch sees {len(gpus)} GPUs, counted from 0."
+    if number >= len(gpus):
+        said = f"device = {device!r}, and torch sees {counted(len(gpus))}, counted from 0."
         return topic.problem(said, "Correct the setting `device`.")
     return topic.ok(f"torch sees {gpus[number]['name']}, with {gpus[number]['free'] / 1e9:.0f} GB free.")
+
+
+def judge_processes(topic: Topic, processes: int, gpus: int) -> Finding:
+    if processes > gpus:
+        said = f"learner_processes = {processes}, each of which needs a GPU, and torch sees {counted(gpus)}."
+        return topic.problem(said, f"Set learner_processes to at most {gpus}, or device to cpu.")
+    return topic.ok(f"torch sees {counted(gpus)}, enough for learner_processes = {processes}.")

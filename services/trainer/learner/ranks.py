@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -41,6 +41,8 @@ _END_SECONDS = 10.0  # after the drain, before torchrun kills its processes
 _RESTART = timedelta(seconds=1)
 _PARENT_SECONDS = 1.0  # between two looks at whether torchrun lives
 _FAILURE = "failure"  # key of the store: what ended a process other than the first
+# Of torchrun. With 1, the processes have a store of their own, in the first one, each time that they are started.
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 class FailedTogether(RuntimeError):
@@ -49,6 +51,10 @@ class FailedTogether(RuntimeError):
 
 class RankFailed(RuntimeError):
     """An undeclared error of another process; the message has it."""
+
+
+class BadLaunch(RuntimeError):
+    """torchrun was started in a way in which the processes could not find each other again."""
 
 
 def launched() -> bool:
@@ -62,7 +68,20 @@ def launch(module: str, arguments: list[str], processes: int, drain_seconds: flo
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     torchrun += ["--max-restarts", str(_RESTARTS), "--shutdown-timeout", str(int(drain_seconds + _END_SECONDS))]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would set it, and say so; the learner sets its own number
+    os.environ[_OWN_STORE] = "1"
     os.execv(torchrun[0], [*torchrun, "-m", module, *arguments])
+
+
+@contextmanager
+def refusals_are_final() -> Iterator[None]:
+    """A process that ends within because of bad settings ends torchrun, too. It would start the processes again, which
+    would refuse the same settings."""
+    try:
+        yield
+    except SystemExit:
+        if launched():
+            os.kill(os.getppid(), signal.SIGTERM)
+        raise
 
 
 class Ranks:
@@ -80,12 +99,22 @@ class Ranks:
 
     @classmethod
     def join(cls, device: str) -> Ranks:
-        """Waits until all processes that torchrun started are there. `device` is that of the setting."""
+        """Waits until all processes that torchrun started are there. `device` is that of the setting. Raises
+        BadLaunch."""
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if shared and (agents := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
+            raise BadLaunch(
+                f"{_OWN_STORE}: expected 1 in the environment of each of the {agents} torchrun, and --rdzv-backend "
+                "c10d: otherwise the processes wait for each other for ever after one of them has died"
+            )
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         ranks = cls()
         store, ranks.rank, ranks.size = next(rendezvous("env://"))
-        # torchrun keeps its store when it starts the processes again: addresses of those that died are still there.
-        ranks._store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if shared:
+            # torchrun keeps its store when it starts the processes again: addresses of those that died are still there.
+            # Several torchrun count the starts differently, since each counts those only that its own processes caused.
+            store = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        ranks._store = store
         if ranks.size == 1:
             return ranks
         place = ranks.device(device)
@@ -238,20 +267,28 @@ class Ranks:
 
     def _end(self, error: Exception) -> None:
         cause = f"process {self.rank}: {type(error).__name__}: {error}"[:1000]
-        reported = self._store.get(_FAILURE).decode() if self._store.check([_FAILURE]) else ""
+        reported = self._reported()
         if not reported and _is_lost_connection(error):
             log.error("a process of the learner is gone: this one ends, too", rank=self.rank, cause=cause)
             os._exit(1)
         if not self.is_first:
             if not reported:
                 log.error("the learner failed: this process ends", rank=self.rank, exc_info=error)
-                self._store.set(_FAILURE, cause)
+                with suppress(dist.DistError):  # the first process, which may have the store, is gone, too
+                    self._store.set(_FAILURE, cause)
             os._exit(1)
         self.broken = True
         log.error("the learner failed: all of its processes end", cause=reported or cause)
         os.kill(os.getpid(), signal.SIGTERM)
         if reported:
             raise RankFailed(reported) from error
+
+    def _reported(self) -> str:
+        """What ended another process; empty if nothing is known."""
+        try:
+            return self._store.get(_FAILURE).decode() if self._store.check([_FAILURE]) else ""
+        except dist.DistError:  # the first process, which may have the store, is gone
+            return ""
 
 
 def _bytes(message: bytes) -> Tensor:

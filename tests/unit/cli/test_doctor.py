@@ -175,8 +175,10 @@ def test_missing_extras_are_named_with_what_needs_them() -> None:
     [
         ("cuda", None, 0, "built without CUDA"),
         ("cuda", "12", 0, "sees no GPU"),
-        ("cuda:1", "12", 1, "torch sees 1 GPUs"),
-        ("cuda:x", "12", 1, "torch sees 1 GPUs"),
+        ("cuda:1", "12", 1, "torch sees 1 GPU, counted from 0"),
+        ("cuda:2", "12", 2, "torch sees 2 GPUs, counted from 0"),
+        ("cuda:x", "12", 1, "no such device 'cuda:x': expected cpu, cuda or cuda:NUMBER; did you mean 'cuda'?"),
+        ("tpu", None, 0, "no such device 'tpu'"),
         ("cuda:0", "12", 1, ""),
     ],
 )
@@ -259,6 +261,39 @@ async def test_training_is_compared_with_the_gpu_of_the_trainer(monkeypatch: pyt
     assert [one.said for one in told] == ["torch sees B, with 2 GB free.", "2e+09"]
     (lost,) = await installed.check_gpu({"trainer": "cuda:2"}, 1.0, lambda free: TOPIC.ok("never"))
     assert lost.verdict == "problem"
+
+
+@pytest.mark.parametrize(
+    ("config", "verdicts", "said"),
+    [
+        ({"device": "cuda", "learner_processes": 2}, ["ok", "ok"], "torch sees 2 GPUs, enough for"),
+        (
+            {"device": "cuda", "learner_processes": 3},
+            ["ok", "problem"],
+            "learner_processes = 3, each of which needs a GPU",
+        ),
+        ({"device": "cuda"}, ["ok"], "torch sees A"),
+        ({"device": "mps", "learner_processes": 3}, ["problem"], "no such device 'mps'"),
+    ],
+)
+async def test_each_process_of_the_learner_needs_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], verdicts: list[str], said: str
+) -> None:
+    async def seen(seconds: float) -> dict[str, Any]:
+        gpus = [{"name": name, "free": 1e9} for name in "AB"]
+        return {"version": "2", "built": "12", "other": "mps", "gpus": gpus}
+
+    monkeypatch.setattr(installed, "ask_torch", seen)
+    configs = {"trainer": config}
+    processes = installed.learner_processes(configs)
+    found = await installed.check_gpu(installed.devices(configs), 1.0, None, processes)
+    assert [one.verdict for one in found] == verdicts and said in found[-1].said
+
+
+def test_other_accelerators_will_do_for_a_policy() -> None:
+    seen: dict[str, Any] = {"version": "2", "built": None, "other": "mps", "gpus": []}
+    assert installed.judge_gpu(Topic("gpu", "policy"), "mps", seen).verdict == "ok"
+    assert installed.devices({"policy": {"device": "auto"}, "trainer": {"device": "cpu"}}) == {}
 
 
 async def test_torch_that_is_slow_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,8 @@ def test_an_encoder_that_cannot_be_had_is_named(tiny_bert: Path, monkeypatch: py
         load_encoder("json.decoder", {})
     with pytest.raises(ValueError, match="pooling"):
         load_encoder("transformers", {"pooling": "max"})
+    with pytest.raises(ValueError, match=r"device: no such device 'cuta': expected .*; did you mean 'cuda'"):
+        load_encoder("transformers", {"model": str(tiny_bert), "device": "cuta"})
     with pytest.raises(ValueError, match="model: '/no/such' cannot be loaded"):
         load_encoder("transformers", {"model": "/no/such"})
     monkeypatch.delitem(sys.modules, "mulligan.env.encoders.transformers.encoder")

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from mulligan.common.devices import TorchDevices
 from mulligan.env.encoders.transformers import Settings
 
 
 class TransformersEncoder:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        if problem := TorchDevices.seen_by(torch).problem(settings.device, others=True):
+            raise ValueError(f"device: {problem}")
         revision = settings.revision or "main"
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(settings.model, revision=revision)

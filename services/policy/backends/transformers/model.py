@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from mulligan import models
+from mulligan.common.devices import TorchDevices
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from mulligan.policy.backends.transformers import Settings, attention
@@ -192,10 +193,9 @@ class Model:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UnsupportedModel(f"device {name!r}: {error}") from error
+    if problem := TorchDevices.seen_by(torch).problem(name, others=True):
+        raise UnsupportedModel(f"device: {problem}")
+    return torch.device(name)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | None:

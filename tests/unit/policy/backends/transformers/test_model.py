@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from mulligan.common.devices import TorchDevices
 from mulligan.common.errors import DomainError
 from mulligan.common.inference import SamplingParams, WeightsKind
 from mulligan.common.model_files import UnsupportedModel
@@ -123,6 +124,20 @@ def test_what_would_be_computed_wrongly_is_not_loaded(name: str, tmp_path: Path)
 def test_a_model_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="/nowhere/at/all"):
         Model(settings(Path("/nowhere/at/all")))
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("tpu", "device: no such device 'tpu': expected cpu, cuda or cuda:NUMBER; did you mean 'cpu'?"),
+        ("cuda", "device: 'cuda' needs a GPU, and torch 2.9 was built without CUDA: install a build of torch for CUDA"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, device: str, said: str) -> None:
+    monkeypatch.setattr(TorchDevices, "seen_by", lambda module: TorchDevices("2.9", False, 0))
+    with pytest.raises(UnsupportedModel) as caught:
+        Model(PolicySettings.model_validate({"model": "embedded", "device": device}))
+    assert str(caught.value).startswith(said)
 
 
 def test_tied_weights_are_in_a_file_once_under_either_name(tmp_path: Path) -> None:
