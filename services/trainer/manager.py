@@ -112,6 +112,7 @@ class RunManager:
             names = sorted(os.listdir(self._folder))
         except FileNotFoundError:
             names = []
+        self._strange.intersection_update(names)
         found = set()
         for name in names:
             if not RunFolder(self._folder / name).exists:
