@@ -17,6 +17,7 @@ from mulligan.common.access import AccessRole
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.tokens import bearer
 from mulligan.trainer.evaluation import EvaluationFailed
+from mulligan.trainer.learner.settings import LearnerUse
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.sampling import ForeignWeights
 from mulligan.trainer.servicer import add_to_server
@@ -45,8 +46,8 @@ async def serving_runs(folder: Path, world: World) -> AsyncIterator[tuple[RunMan
         await manager.close()
 
 
-async def _nobody(*_: str) -> tuple[str, ...]:
-    return ()
+async def _nobody(learner_id: str) -> LearnerUse:
+    return LearnerUse.FREE
 
 
 async def told(stub: Stub, role: AccessRole) -> set[str]:
@@ -69,7 +70,7 @@ def failing(folder: Path, error: Exception) -> World:
     async def update_weights(*_: object) -> float | None:
         raise error
 
-    world.policy.update_weights = update_weights  # type: ignore[method-assign]
+    world.policy.update_weights = update_weights  # type: ignore[method-assign, assignment]
     return world
 
 
