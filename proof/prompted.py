@@ -7,10 +7,9 @@ from statistics import fmean
 
 from pydantic import Field
 
-from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import TaskInfo
 from mulligan.trainer.player import Player
-from mulligan.trainer.protocols import ProtocolSettings
+from mulligan.trainer.protocols import MOST_SAMPLES, ProtocolSettings
 from mulligan.trainer.texts import fill
 
 
@@ -19,13 +18,11 @@ class Settings(ProtocolSettings):
 
     name: str = "proof.prompted"
     system: str = Field(min_length=1)
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=MOST_SAMPLES)
 
 
 async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]:
     system = fill(settings.system, solver=player.info.prompts.solver)
-    samples = await gather_or_cancel(
-        player.attempt(task, number, system=system) for task in tasks for number in range(settings.samples)
-    )
+    samples = await player.attempts(tasks, settings.samples, system=system)
     solved = [player.solves(sample) for sample in samples if sample.reward is not None]
     return {"success": fmean(solved)} if solved else {}

@@ -170,6 +170,14 @@ class RunGuard:
         """Whether it refuses anything."""
         return self._keys is not None
 
+    def may_start_runs(self, context: Any) -> bool:
+        """Whether the caller's role may start runs. Everybody may where callers have no roles."""
+        if self._tokens is None:
+            return True
+        metadata = dict(context.invocation_metadata() or ())
+        roles = self._roles(context, str(metadata.get("authorization", "")))
+        return any(role.includes(AccessRole.TRAINER) for role in roles)
+
     def check_scopes(self, context: Any, *scopes: str, why: str = "") -> None:
         """Raises DomainError RUN_CREDENTIAL unless the caller may write to these scopes of the memory. The message ends
         with `why`."""
@@ -205,7 +213,7 @@ class RunGuard:
         if self._keys is None:
             return ""
         metadata = dict(context.invocation_metadata() or ())
-        if self._role(context, str(metadata.get("authorization", ""))) is AccessRole.ADMIN:
+        if AccessRole.ADMIN in self._roles(context, str(metadata.get("authorization", ""))):
             return ""
         credential = str(metadata.get(RUN_CREDENTIAL, ""))
         if not credential:
@@ -217,8 +225,9 @@ class RunGuard:
         covers = needed.run_id in ("", grant.run_id) and set(needed.scopes) <= set(grant.scopes)
         return "" if covers else f"that of the call is for {grant}"
 
-    def _role(self, context: Any, authorization: str) -> AccessRole | None:
+    def _roles(self, context: Any, authorization: str) -> set[AccessRole]:
+        """By the certificate, and by the token."""
         names = context.auth_context().get("x509_subject_alternative_name", ())
         certified = role_of_names(name.decode(errors="replace") for name in names)
         by_token = self._tokens.role_of(authorization) if self._tokens is not None else None
-        return certified if certified is AccessRole.ADMIN else by_token
+        return {role for role in (certified, by_token) if role is not None}

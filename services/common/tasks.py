@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import threading
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from itertools import count
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _END_SECONDS = 5.0
+_MADE_AT_A_TIME = 100  # tasks, before others of the event loop have their turn
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -21,15 +22,45 @@ async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list
     caller = asyncio.current_task()
     assert caller is not None
     cancelled_before = caller.cancelling()
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    source = iter(coroutines)
+    tasks: list[asyncio.Future[T]] = []
     try:
+        for coroutine in source:
+            tasks.append(asyncio.ensure_future(coroutine))
+            if len(tasks) % _MADE_AT_A_TIME == 0:
+                await asyncio.sleep(0)
         return await asyncio.gather(*tasks)
     except Exception:
         if caller.cancelling() > cancelled_before:
             raise asyncio.CancelledError from None
         raise
     finally:
+        for unused in source:
+            unused.close()
         await cancel(*tasks)
+
+
+async def gather_in_turn(coroutines: Iterable[Coroutine[Any, Any, T]], at_once: int) -> list[T]:
+    """As `gather_or_cancel`, with at most `at_once` of them at a time, which begin in order. `coroutines` makes each
+    one only when it can begin: what waits takes no memory."""
+    results: dict[int, T] = {}
+    source = enumerate(coroutines)
+    all_begun = False
+
+    async def work() -> None:
+        nonlocal all_begun
+        for place, coroutine in source:
+            results[place] = await coroutine
+        all_begun = True
+
+    def workers() -> Iterator[Coroutine[Any, Any, None]]:
+        for _ in range(at_once):
+            if all_begun:
+                return
+            yield work()
+
+    await gather_or_cancel(workers())
+    return [results[place] for place in range(len(results))]
 
 
 async def cancel(*tasks: asyncio.Future[Any] | None) -> None:

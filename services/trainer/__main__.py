@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.devices import device_problem
 from mulligan.trainer.learner.folders import claim
 from mulligan.trainer.learner.ranks import BadLaunch, Ranks, launch, launched, refusals_are_final
-from mulligan.trainer.learner.settings import LearnerSpec
+from mulligan.trainer.learner.settings import LearnerSpec, LearnerUse
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import ServicePorts
 from mulligan.trainer.run_metrics import RunGauges
@@ -112,7 +112,7 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
         credential = settings.run_credential(run_id, scope)
         return memory if credential is None else memory.with_run_credential(credential)
 
-    admission = settings.admission(memory.snapshot, partial(_learner_ids, settings, learner_servicer))
+    admission = settings.admission(memory.snapshot, partial(_learner_use, settings, learner_servicer))
     try:
         # With another trainer's learner, this one's folders may be those of that trainer: it writes nothing there.
         folders = ExitStack() if settings.learner_address else claim(settings.learner)
@@ -162,13 +162,15 @@ def _spec(settings: RunSettings) -> LearnerSpec:
     )
 
 
-async def _learner_ids(settings: TrainerSettings, own: learners.LearnerServicer) -> Collection[str]:
-    """Of the learners at the server that runs of this trainer use."""
+async def _learner_use(settings: TrainerSettings, own: learners.LearnerServicer, learner_id: str) -> LearnerUse:
+    """At this server, and at the one that runs of this trainer use: the credential is good for both."""
+    if own.has(learner_id):
+        return LearnerUse.IN_USE
     if not settings.learner_address:
-        return await own.learner_ids()
+        return LearnerUse.FREE
     client = LearnerAdminClient(settings.endpoint("learner"))
     try:
-        return [info.learner_id for info in await client.list()]
+        return await client.use(learner_id)
     finally:
         await client.close()
 

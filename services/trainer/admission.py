@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,32 +11,33 @@ from typing import Any, TypeVar
 from mulligan import models
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.run_credentials import RunGrant, RunGuard, RunKeys
+from mulligan.trainer.learner.settings import LearnerUse
 from mulligan.trainer.metric_writers import check_writers
 from mulligan.trainer.recall import GLOBAL_SCOPE, scope_of
 from mulligan.trainer.settings import RunSettings
 
 T = TypeVar("T")
 _LOOK_SECONDS = 10.0  # for another service to say what there is of a name
+_UNTOLD = (
+    "; the server at learner_address does not say whether it has checkpoints with this id, so a new run needs that "
+    "credential: `mulligan token` prints one. A server of this release does say it"
+)
 
 
 @dataclass(frozen=True)
 class NamesInUse:
     """Knows what others have of a name that a new run would get: what `snapshot` says of the scope of the memory, and
-    which learners there are. `checkpoint_folder` is that of the learners, if they are this trainer's own."""
+    `learner_use` of learners."""
 
     snapshot: Callable[[str], Awaitable[int]]
-    learner_ids: Callable[[], Awaitable[Collection[str]]]
-    checkpoint_folder: Path | None = None
+    learner_use: Callable[[str], Awaitable[LearnerUse]]
 
     async def has_entries(self, scope: str) -> bool:
-        """Raises DomainError SERVICE_UNAVAILABLE, as `has_learner` does."""
+        """Raises DomainError SERVICE_UNAVAILABLE, as `of_learner` does."""
         return await _looked("memory", self.snapshot(scope)) > 0
 
-    async def has_learner(self, learner_id: str) -> bool:
-        """Also one of earlier, of which there are checkpoints."""
-        if self.checkpoint_folder is not None and (self.checkpoint_folder / learner_id).exists():
-            return True
-        return learner_id in await _looked("learner", self.learner_ids())
+    async def of_learner(self, learner_id: str) -> LearnerUse:
+        return await _looked("learner", self.learner_use(learner_id))
 
 
 async def _looked(service: str, asked: Awaitable[T]) -> T:
@@ -89,8 +90,11 @@ class RunAdmission:
             self.guard.check_scopes(context, scope, why=_taken("the scope of the memory with this name has entries"))
 
     async def _refuse_learner_of_others(self, context: Any, run_id: str) -> None:
-        if self.in_use is not None and await self.in_use.has_learner(run_id):
+        use = LearnerUse.FREE if self.in_use is None else await self.in_use.of_learner(run_id)
+        if use is LearnerUse.IN_USE:
             self.guard.check_learner(context, run_id, why=_taken("there is such a learner, or a checkpoint of it"))
+        if use is LearnerUse.UNTOLD:
+            self.guard.check_learner(context, run_id, why=_UNTOLD)
 
     def credential(self, context: Any, run_id: str, settings: RunSettings, *, new: bool) -> str:
         """The run's, for who started it, and for others that have one or are administrators; otherwise empty."""

@@ -8,14 +8,14 @@ from datetime import datetime
 from typing import Any
 
 from mulligan.common.channel import Connection, Endpoint
-from mulligan.common.errors import CallFailed, DomainError
+from mulligan.common.errors import CallFailed, DomainError, Reason
 from mulligan.common.experience import Experience
 from mulligan.common.experience_wire import experience_from_proto
 from mulligan.common.tokens import is_sendable
 from mulligan.trainer.activity import Activity
 from mulligan.trainer.events import Entry, EvaluationEvent
 from mulligan.trainer.folder import RunState
-from mulligan.trainer.learner.settings import LearnerInfo
+from mulligan.trainer.learner.settings import LearnerInfo, LearnerUse
 from mulligan.trainer.learner.wire import info_from_proto
 from mulligan.trainer.settings import EvaluationSettings, RunSettings
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
@@ -188,6 +188,18 @@ class LearnerAdminClient:
         request = learner_pb.ListLearnersRequest()
         response = await self._connection.call(self._stub.ListLearners, request, timeout=CALL_SECONDS)
         return self._connection.read(lambda answer: tuple(map(info_from_proto, answer.learners)), response)
+
+    async def use(self, learner_id: str) -> LearnerUse:
+        """Whether there is such a learner, or a checkpoint of it."""
+        request = learner_pb.GetLearnerRequest(learner_id=learner_id)
+        try:
+            await self._connection.call(self._stub.GetLearner, request, timeout=CALL_SECONDS)
+        except DomainError as error:
+            if error.reason is not Reason.UNKNOWN_LEARNER:
+                raise
+            told = error.metadata.get("has_checkpoints", "")  # servers of earlier releases do not tell
+            return {"false": LearnerUse.FREE, "true": LearnerUse.IN_USE}.get(told, LearnerUse.UNTOLD)
+        return LearnerUse.IN_USE
 
     async def delete(self, learner_id: str, owner: str) -> None:
         """An unknown one succeeds. Raises DomainError LEARNER_OWNED: it has another owner."""

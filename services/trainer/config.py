@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -16,7 +16,7 @@ from mulligan.common.config import ClientTokenFile
 from mulligan.common.guarded import GuardedSettings
 from mulligan.common.run_credentials import OWN_SECONDS, RunGrant
 from mulligan.trainer.admission import NamesInUse, RunAdmission
-from mulligan.trainer.learner.settings import LearnerServerSettings
+from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerUse
 
 ServerAddress = Annotated[str, AfterValidator(one_server)]
 ServerAddresses = Annotated[str, AfterValidator(lambda text: Addresses.parse(text).text)]
@@ -157,17 +157,16 @@ class TrainerSettings(GuardedSettings):
     def admission(
         self,
         snapshot: Callable[[str], Awaitable[int]],
-        learner_ids: Callable[[], Awaitable[Collection[str]]],
+        learner_use: Callable[[str], Awaitable[LearnerUse]],
     ) -> RunAdmission:
-        """With another trainer's learner, models and checkpoints are that trainer's."""
-        own = not self.learner_address
+        """With another trainer's learner, models are that trainer's."""
         return RunAdmission(
             self.guard,
             self.keys,
             self.credential_hours * 3600,
-            checks_models=own,
+            checks_models=not self.learner_address,
             models_folder=self.models_folder,
-            in_use=NamesInUse(snapshot, learner_ids, self.checkpoint_folder if own else None),
+            in_use=NamesInUse(snapshot, learner_use),
             insecure=self.insecure,
         )
 

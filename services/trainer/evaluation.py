@@ -4,14 +4,14 @@ attempts read the memory. Then the protocols."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from statistics import fmean
 from typing import Any
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.experience import Sample
+from mulligan.common.experience import Sample, Turn
 from mulligan.common.rewards import reaches
-from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import EnvironmentInfo, TaskInfo
 from mulligan.trainer.events import EvaluationEvent
 from mulligan.trainer.foreign import blaming
@@ -19,10 +19,12 @@ from mulligan.trainer.interfaces import PolicyPort
 from mulligan.trainer.metrics import rewards_of
 from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import named_by
-from mulligan.trainer.protocols import PROTOCOLS, ProtocolSettings
+from mulligan.trainer.protocols import MOST_ATTEMPTS, PROTOCOLS, ProtocolSettings
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings
 from mulligan.trainer.step import OUTSIDE
+
+_TURN = Turn("", "", "", 0.0)  # stands for what was said
 
 
 class EvaluationFailed(RuntimeError):
@@ -34,11 +36,20 @@ class ProtocolFailed(RuntimeError):
 
 
 async def evaluate(player: Player) -> list[Sample]:
-    """Plays each task `settings.samples` times."""
+    """Plays each task `settings.samples` times. Of each attempt there is what `measure` needs."""
     samples = player.settings.samples
     await player.read()
     player.begin(expected=len(player.tasks) * samples)
-    return await gather_or_cancel(player.attempt(task, sample) for task in player.tasks for sample in range(samples))
+
+    async def attempt(number: int) -> Sample:
+        return _measurable(await player.attempt(player.tasks[number // samples], number % samples))
+
+    return await player.each(range(len(player.tasks) * samples), attempt)
+
+
+def _measurable(attempt: Sample) -> Sample:
+    """Without texts: the last attempt of a large evaluation ends while all others are kept."""
+    return replace(attempt, turns=attempt.turns and (_TURN,), feedback="", final_observation="")
 
 
 async def measure(player: Player, step: int, attempts: Sequence[Sample], environment: str = "") -> EvaluationEvent:
@@ -81,6 +92,28 @@ def _problem(metrics: Any) -> str:
     return ""
 
 
+def check_attempts(
+    places: Sequence[tuple[EnvironmentInfo, Sequence[TaskInfo]]], settings: EvaluationSettings, within: str = ""
+) -> None:
+    """Raises DomainError INVALID_SETTING for more attempts than an evaluation, or a protocol in it, may have. `within`
+    begins the field of the error."""
+    info, tasks = max(places, key=lambda place: len(place[1]))
+    counts = {"samples": settings.samples}
+    for index, protocol in enumerate(settings.protocols):
+        name, count = protocol.attempts_per_task
+        counts[f"protocols[{index}].{name}"] = count
+    for name, count in counts.items():
+        if len(tasks) * count > MOST_ATTEMPTS:
+            fitting = MOST_ATTEMPTS // len(tasks)
+            field = f"{within}{name if fitting else 'tasks'}"
+            message = (
+                f"{field}: expected at most {fitting or MOST_ATTEMPTS}, as {len(tasks)} test tasks of {info.name!r} "
+                f"are played, and {MOST_ATTEMPTS} attempts are the most; got {count if fitting else len(tasks)}"
+                + (f". Fewer tasks: {within}tasks" if fitting else "")
+            )
+            raise DomainError(Reason.INVALID_SETTING, message, field=field)
+
+
 def fit_protocols(
     places: Sequence[tuple[EnvironmentInfo, Sequence[TaskInfo]]], settings: EvaluationSettings, within: str = ""
 ) -> list[EvaluationSettings]:
@@ -88,8 +121,9 @@ def fit_protocols(
     field of an error.
 
     Raises DomainError INVALID_SETTING for a protocol that fits no environment, with a `field` such as
-    `protocols[0].name`, and ProtocolFailed.
+    `protocols[0].name`, what `check_attempts` raises, and ProtocolFailed.
     """
+    check_attempts(places, settings, within)
     kept: list[list[ProtocolSettings]] = [[] for _ in places]
     for index, protocol in enumerate(settings.protocols):
         lacks = getattr(PROTOCOLS.find(protocol.name), "lacks", lambda *_: "")

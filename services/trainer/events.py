@@ -59,6 +59,7 @@ def _fill_in(metrics: Metrics) -> None:
 class StateEvent(msgspec.Struct, frozen=True, tag="state"):
     state: RunState
     error: str = ""
+    told: str = ""  # as in RunRecord
 
 
 class NoticeEvent(msgspec.Struct, frozen=True, tag="notice"):

@@ -16,19 +16,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import structlog
 from pydantic import ValidationError
 
 from mulligan.common import numbers
 from mulligan.common.disk import writing_to
-from mulligan.common.errors import DomainError, Reason
+from mulligan.common.errors import DomainError, Reason, incident
 from mulligan.common.files import make_folder, replace
 from mulligan.common.inference import PublishedWeights, WeightsKind
 from mulligan.common.state_files import in_utc, read_document, state_damaged, write_document
+from mulligan.common.status import fault
 from mulligan.common.suggest import problems
 from mulligan.trainer.fingerprint import Fingerprint
 from mulligan.trainer.foreign import FAILURES
 from mulligan.trainer.settings import RunSettings
 
+log = structlog.get_logger()
 _ADVICE_RUN = (
     "It holds the run's settings and state: put a copy of the file back, or move the run's folder away. Other runs are "
     "not affected."
@@ -63,12 +66,13 @@ class RunRecord(msgspec.Struct, frozen=True):
     created_at: datetime
     settings: dict[str, Any]  # of RunSettings, defaults filled in
     error: str = ""
+    told: str = ""  # what those who only look on are told of the error; empty: the same
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "created_at", in_utc(self.created_at))
 
-    def now(self, state: RunState, error: str = "") -> RunRecord:
-        return RunRecord(self.run_id, state, self.created_at, self.settings, error)
+    def now(self, state: RunState, error: str = "", told: str = "") -> RunRecord:
+        return RunRecord(self.run_id, state, self.created_at, self.settings, error, told)
 
 
 def _check_weights(weights: PublishedWeights) -> None:
@@ -155,7 +159,8 @@ class RunFolder:
         except ValidationError as error:
             field, said = next(iter(problems(error, RunSettings).items()))
         except FAILURES as error:  # of a plug-in, which reads its own
-            field, said = "settings", f"{type(error).__name__}: {error}"
+            log.error("settings cannot be read", run_id=record.run_id, incident=incident(error), exc_info=error)
+            field, said = "settings", fault(error)
         message = f"the settings of run {record.run_id} cannot be read here: {field}: {said}"
         raise DomainError(Reason.INVALID_SETTING, message, field=field, run_id=record.run_id)
 

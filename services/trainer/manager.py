@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import structlog
 from cachetools import LRUCache
 
-from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.errors import DomainError, Reason, incident, invalid_field
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import make_folder
 from mulligan.common.state_files import state_damaged
@@ -24,6 +24,7 @@ from mulligan.common.types import Split
 from mulligan.trainer.checked import open_served
 from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
 from mulligan.trainer.events import EvaluationEvent, StateEvent
+from mulligan.trainer.failures import told_of, words_of
 from mulligan.trainer.folder import RunFolder, RunRecord, RunState
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.metrics import EvaluationProgress
@@ -84,8 +85,8 @@ class RunManager:
         for run_id in self.run_ids():
             try:
                 state = self.record(run_id).state
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with a run, the others go on
-                log.error("a run cannot be read", run_id=run_id, error=_said(error))
+            except Exception as error:
+                log.error("a run cannot be read", run_id=run_id, incident=incident(error), exc_info=error)
                 continue
             if state is RunState.RUNNING and self._active is None:
                 log.info("going on with a run", run_id=run_id)
@@ -96,8 +97,8 @@ class RunManager:
 
     def _fail(self, run_id: str, error: Exception) -> None:
         """Writes that a run cannot go on, which is not even open."""
-        log.error("a run cannot go on", run_id=run_id, error=_said(error))
-        self._unwritten[run_id] = self.record(run_id).now(RunState.FAILED, _said(error))
+        log.error("a run cannot go on", run_id=run_id, incident=incident(error), exc_info=error)
+        self._unwritten[run_id] = self.record(run_id).now(RunState.FAILED, words_of(error), told_of(error))
         self._write_down(run_id)
 
     def run_ids(self) -> list[str]:
@@ -112,6 +113,7 @@ class RunManager:
             names = sorted(os.listdir(self._folder))
         except FileNotFoundError:
             names = []
+        self._strange.intersection_update(names)
         found = set()
         for name in names:
             if not RunFolder(self._folder / name).exists:
@@ -331,20 +333,20 @@ class RunManager:
             self._end(run, RunState.FAILED, "something that the run waited for was cancelled, and nobody asked for it")
             log.error("run failed", run_id=run.run_id, exc_info=error)
         except Exception as error:  # any error is the run's state; the trainer serves on
-            self._end(run, RunState.FAILED, _cause(run, error))
-            log.error("run failed", run_id=run.run_id, exc_info=error)
+            self._end(run, RunState.FAILED, *_cause(run, error))
+            log.error("run failed", run_id=run.run_id, incident=incident(error), exc_info=error)
         else:
             if not run.stopped:
                 self._end(run, RunState.COMPLETED)
             elif not self._draining:
                 self._end(run, RunState.STOPPED)
 
-    def _end(self, run: Run, state: RunState, error: str = "") -> None:
+    def _end(self, run: Run, state: RunState, error: str = "", told: str = "") -> None:
         """Tells the watchers, and writes the state; if that fails, it is kept and written later."""
         run_ended(state)
-        self._unwritten[run.run_id] = run.record.now(state, error)
+        self._unwritten[run.run_id] = run.record.now(state, error, told)
         self._unsynced[run.run_id] = run
-        run.events.tell(StateEvent(state, error))
+        run.events.tell(StateEvent(state, error, told))
         self._write_down(run.run_id)
 
     def _write_down(self, run_id: str) -> None:
@@ -384,23 +386,18 @@ def _own_record(folder: RunFolder) -> RunRecord:
     return record
 
 
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, DomainError) else f"{type(error).__name__}: {error}"
-
-
 def _size(run: Run) -> int:
     return min(1 + len(run.events.entries), _RECENT_EVENTS)
 
 
-def _cause(run: Run, error: Exception) -> str:
+def _cause(run: Run, error: Exception) -> tuple[str, str]:
+    """The error of the run, and what those who only look on are told of it; empty: the same."""
     # Whatever noticed it first, and however much of the folder is left, the text is the same.
     if not run.folder.exists or _is_missing_below(error, run.folder.path):
-        return f"the folder of the run, or a file in it, was removed: {run.folder.path}"
+        return f"the folder of the run, or a file in it, was removed: {run.folder.path}", ""
     if isinstance(error, EnvironmentChanged):
-        return f"{error}. {ADVICE}"
-    if isinstance(error, DomainError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+        return f"{error}. {ADVICE}", ""
+    return words_of(error), told_of(error)
 
 
 def _is_missing_below(error: Exception, folder: Path) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Any, TypeVar
 
 from mulligan.common.experience import Sample
 from mulligan.common.inference import SamplingParams
 from mulligan.common.rewards import reaches
-from mulligan.common.tasks import PrioritySlots
+from mulligan.common.tasks import PrioritySlots, gather_in_turn
 from mulligan.common.types import EnvironmentInfo, TaskInfo
 from mulligan.trainer.harness import Harness, Plan
 from mulligan.trainer.metrics import EvaluationProgress
@@ -21,6 +22,8 @@ from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
 from mulligan.trainer.texts import first_system
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 _BEFORE_ROLLOUTS = -1  # priority: those of rollouts are the numbers of their steps
 
 
@@ -31,6 +34,7 @@ class Player:
     `name` begins the ids of all that is sampled and is unique for each evaluation. Random numbers derive from `seed`,
     the task and the number of the sample alone. So an evaluation can be repeated, and two attempts with the same task
     and number differ by what the policy is shown. An attempt that was played in this evaluation is not played again.
+    Of attempts there are no token ids: a large evaluation keeps all of them to its end.
 
     `writers` are other policies that write texts, by the protocol for which they do. `tell` gets the progress when
     something has ended. `slots` are shared with the rollouts of training, and evaluations come first; own ones if None.
@@ -74,6 +78,27 @@ class Player:
         """The progress is now that of this protocol, which samples at least `expected` times."""
         self.progress = EvaluationProgress(expected, self.threshold, protocol)
         self.tell(self.progress)
+
+    async def attempts(self, tasks: Sequence[TaskInfo], samples: int, **how: Any) -> list[Sample]:
+        """So many attempts at each of the tasks, in their order; `how` is as in `attempt`."""
+        is_plain = all(value is None for value in how.values())  # then the evaluation has played the first ones
+        known = min(samples, self.settings.samples) * len(tasks) if is_plain and self.progress.protocol else 0
+
+        def attempt(number: int) -> Coroutine[Any, Any, Sample]:
+            return self.attempt(tasks[number // samples], number % samples, **how)
+
+        return await self.each(range(len(tasks) * samples), attempt, known=known)
+
+    async def each(
+        self, items: Sequence[Item], play: Callable[[Item], Coroutine[Any, Any, Found]], *, known: int = 0
+    ) -> list[Found]:
+        """What `play` gives for each item, in their order. They begin in that order as slots become free. The progress
+        expects an attempt of each from the start, but for those that are `known`: that were played before."""
+        expected = self.progress.asked + len(items) - known
+        if expected > self.progress.total:
+            self.progress.expected = expected
+            self.tell(self.progress)
+        return await gather_in_turn(map(play, items), self.rollout.begun_at_once)
 
     @property
     def info(self) -> EnvironmentInfo:
@@ -127,8 +152,9 @@ class Player:
         blank = Sample.planned(self._new_id(task, f"r{sample}"), "first", system)
         self._asked()
         async with self._slots.held(_BEFORE_ROLLOUTS):
-            attempt = await self.harness.attempt(blank, plan)
-        self._played[plan, system] = attempt
+            attempt = replace(await self.harness.attempt(blank, plan), sequences=())
+        if self.settings.protocols:  # without any, nothing is played twice
+            self._played[plan, system] = attempt
         self._ended(attempt)
         return attempt
 

@@ -20,7 +20,7 @@ from mulligan.common.reflections import (
     UseOutcome,
 )
 from mulligan.common.rewards import reaches
-from mulligan.common.tasks import PrioritySlots, gather_or_cancel
+from mulligan.common.tasks import PrioritySlots, gather_in_turn
 from mulligan.common.types import EnvironmentInfo
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.interfaces import MemoryPort
@@ -60,11 +60,12 @@ class Recall:
         """The entries for each reader, in order, and a use for each of its keys unless the run draws none."""
         if self.settings.algorithm.memory_entries == 0:
             return [_NOTHING] * len(readers)
-        queries = await gather_or_cancel(self._query(reader, slots, priority) for reader in readers)
+        at_once = self.settings.rollout.begun_at_once
+        queries = await gather_in_turn((self._query(reader, slots, priority) for reader in readers), at_once)
         keys = [reader.keys if self.settings.holdout else () for reader in readers]
         questions = list(zip(queries, keys, strict=True))
         distinct = list(dict.fromkeys(questions))
-        found = await gather_or_cancel(self._ask(query, keys) for query, keys in distinct)
+        found = await gather_in_turn((self._ask(query, keys) for query, keys in distinct), at_once)
         answers = dict(zip(distinct, found, strict=True))
         return [answers[question] for question in questions]
 

@@ -11,12 +11,13 @@ from typing import Any
 import grpc
 import structlog
 
-from mulligan.common.errors import DomainError, Reason, ServiceUnavailable, invalid_field
+from mulligan.common.errors import DomainError, Reason, ServiceUnavailable, incident, invalid_field
 from mulligan.common.experience_wire import experience_to_proto
 from mulligan.common.tasks import cancel
 from mulligan.common.text import bounded
 from mulligan.trainer.activity import Activity
 from mulligan.trainer.admission import RunAdmission
+from mulligan.trainer.failures import told_of, words_of
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from mulligan.trainer.manager import RunManager, check_run_id
@@ -53,7 +54,8 @@ def add_to_server(server: grpc.aio.Server, manager: RunManager, admission: RunAd
 class RunServicer(run_service_pb2_grpc.RunServiceServicer):
     """The runs of a trainer, over gRPC: converts messages and calls the `RunManager`.
 
-    Whoever may look sees all runs. What acts upon a run needs its credential, as far as the guard asks for any."""
+    Whoever may look sees all runs; what other code said when a run failed, those who may start runs. What acts upon a
+    run needs its credential, as far as the guard asks for any."""
 
     def __init__(self, manager: RunManager, admission: RunAdmission | None = None):
         self._manager = manager
@@ -68,10 +70,10 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         new = not self._manager.exists(request.run_id)  # looked again: another call may have started it meanwhile
         run = self._manager.start(request.run_id, settings)
         credential = self._admission.credential(context, run.run_id, run.settings, new=new)
-        return pb.StartRunResponse(run=self._message(run), credential=credential)
+        return pb.StartRunResponse(run=self._message(run, context), credential=credential)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
-        return pb.GetRunResponse(run=self._message(self._manager.run(request.run_id)))
+        return pb.GetRunResponse(run=self._message(self._manager.run(request.run_id), context))
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         run_ids = self._manager.run_ids()
@@ -83,7 +85,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         runs: list[pb.Run] = []
         filled = 0  # bytes
         for run_id in run_ids[start : start + (request.page_size or 100)]:
-            listed = self._listed(run_id)
+            listed = self._listed(run_id, context)
             filled += listed.ByteSize()
             if runs and filled > _PAGE_BYTES:
                 break
@@ -93,17 +95,18 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         run = self._manager.run(request.run_id)
+        looks_on = not self._guard.may_start_runs(context)
         async for entry in run.events.follow(request.after_event, lambda: self._ended(run)):
-            yield pb.WatchRunResponse(event=entry_to_proto(entry))
+            yield pb.WatchRunResponse(event=entry_to_proto(entry, looks_on=looks_on))
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
         self._guard.check_run(context, request.run_id)
-        return pb.StopRunResponse(run=self._message(self._manager.stop(request.run_id)))
+        return pb.StopRunResponse(run=self._message(self._manager.stop(request.run_id), context))
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
         self._guard.check_run(context, request.run_id)
         run = await self._manager.resume(request.run_id, accept_environment=request.accept_environment)
-        return pb.ResumeRunResponse(run=self._message(run))
+        return pb.ResumeRunResponse(run=self._message(run, context))
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
         return await self._evaluate(request, context)
@@ -182,38 +185,41 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
     def _ended(self, run: Run) -> bool:
         return self._manager.record(run.run_id).state is not RunState.RUNNING
 
-    def _listed(self, run_id: str) -> pb.Run:
+    def _listed(self, run_id: str, context: Context) -> pb.Run:
         """A run in a list. One that cannot be read stands there with the reason, and hides no other."""
         try:
-            found = self._message(self._manager.run(run_id))
+            found = self._message(self._manager.run(run_id), context)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a run, the others are listed
-            return self._unreadable(run_id, error)
+            return self._unreadable(run_id, error, context)
         if found.ByteSize() > _LISTED_BYTES:
             found.config.CopyFrom(_UNKNOWN)
         return found
 
-    def _unreadable(self, run_id: str, error: Exception) -> pb.Run:
+    def _unreadable(self, run_id: str, error: Exception, context: Context) -> pb.Run:
         """With the state and the settings of its record, as far as that can be read."""
         if not isinstance(error, DomainError):
-            log.error("a run cannot be read", run_id=run_id, exc_info=error)
-        said = str(error) if isinstance(error, DomainError) else f"{type(error).__name__}: {error}"
+            log.error("a run cannot be read", run_id=run_id, incident=incident(error), exc_info=error)
         found = pb.Run(
             run_id=run_id,
-            error=bounded(said, _ERROR_CHARACTERS),
+            error=self._error(words_of(error), told_of(error), context),
             state=pb.RUN_STATE_FAILED,
             config=_UNKNOWN,
         )
         with contextlib.suppress(Exception):
             record = self._manager.record(run_id)
             found.state = state_to_proto(record.state)
-            found.error = bounded(record.error, _ERROR_CHARACTERS) or found.error
+            found.error = self._error(record.error, record.told, context) or found.error
             found.created_at.CopyFrom(timestamp(record.created_at))
             config = stored_to_proto(record.settings)
             if config.ByteSize() <= _LISTED_BYTES:
                 found.config.CopyFrom(config)
         return found
 
-    def _message(self, run: Run) -> pb.Run:
+    def _error(self, words: str, told: str, context: Context) -> str:
+        """What the caller is told of an error."""
+        return bounded(words if not told or self._guard.may_start_runs(context) else told, _ERROR_CHARACTERS)
+
+    def _message(self, run: Run, context: Context) -> pb.Run:
         record = self._manager.record(run.run_id)
         now, beside = (
             current.now() if record.state is RunState.RUNNING else Activity() for current in (run.activity, run.beside)
@@ -221,7 +227,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         return pb.Run(
             run_id=record.run_id,
             state=state_to_proto(record.state),
-            error=bounded(record.error, _ERROR_CHARACTERS),
+            error=self._error(record.error, record.told, context),
             config=settings_to_proto(run.settings),
             step=run.step,
             created_at=timestamp(record.created_at),

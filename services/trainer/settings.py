@@ -16,7 +16,7 @@ from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.losses import read_loss
 from mulligan.trainer.memory_settings import MemoryUseSettings
-from mulligan.trainer.protocols import PROTOCOLS, ProtocolSettings
+from mulligan.trainer.protocols import MOST_PROTOCOLS, MOST_SAMPLES, PROTOCOLS, ProtocolSettings
 from mulligan.trainer.samplers import SAMPLERS, SamplerSettings
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "TrainedModelSettings",
 ]
 
+MOST_ROLLOUTS = 131_072  # of all steps that are sampled at once
 _POLICY_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 
 
@@ -149,8 +150,8 @@ def _sampler(table: Any) -> SamplerSettings:
 
 
 class RolloutSettings(_Settings):
-    tasks_per_step: int = Field(64, ge=1)
-    rollouts_per_task: int = Field(4, ge=1)
+    tasks_per_step: int = Field(64, ge=1, le=MOST_ROLLOUTS)
+    rollouts_per_task: int = Field(4, ge=1, le=4096)  # each looks at those beside it
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
@@ -158,11 +159,30 @@ class RolloutSettings(_Settings):
     reflection_temperature: float = Field(0.5, gt=0)
     reflection_top_p: float = Field(0.9, gt=0, le=1)
     reflection_max_tokens: int = Field(1024, ge=1)
-    concurrency: int = Field(256, ge=1)
+    concurrency: int = Field(256, ge=1, le=MOST_ROLLOUTS)
     max_restarts: int = Field(3, ge=0)
     train_tasks: int = Field(0, ge=0)
-    replace_rounds: int = Field(0, ge=0)
+    replace_rounds: int = Field(0, ge=0, le=100)
     max_staleness: int = Field(0, ge=0, le=100)
+
+    @property
+    def begun_at_once(self) -> int:
+        """How many of what waits for slots are begun: for each slot one that has it, and one that takes it next, before
+        what waits with a lower priority."""
+        return 2 * self.concurrency
+
+    @model_validator(mode="after")
+    def _what_is_sampled_at_once_is_bounded(self) -> Self:
+        steps = self.max_staleness + 1
+        if self.tasks_per_step * self.rollouts_per_task * steps > MOST_ROLLOUTS:
+            several = f" and max_staleness = {self.max_staleness}" if self.max_staleness else ""
+            problem = (
+                f"expected at most {MOST_ROLLOUTS // (self.rollouts_per_task * steps)} with rollouts_per_task = "
+                f"{self.rollouts_per_task}{several}: {MOST_ROLLOUTS} rollouts are sampled at once at most; "
+                f"got {self.tasks_per_step}"
+            )
+            raise located({("tasks_per_step",): problem})
+        return self
 
     @model_validator(mode="after")
     def _signal_needs_a_group(self) -> Self:
@@ -180,11 +200,13 @@ def _protocol(table: Any) -> ProtocolSettings:
 class EvaluationSettings(_Settings):
     every: int = Field(5, ge=0)
     tasks: int = Field(0, ge=0)
-    samples: int = Field(4, ge=1)
+    samples: int = Field(4, ge=1, le=MOST_SAMPLES)
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(0.8, gt=0, le=1)
     top_k: int = Field(20, ge=0)
-    protocols: tuple[Annotated[SerializeAsAny[ProtocolSettings], BeforeValidator(_protocol)], ...] = ()
+    protocols: tuple[Annotated[SerializeAsAny[ProtocolSettings], BeforeValidator(_protocol)], ...] = Field(
+        (), max_length=MOST_PROTOCOLS
+    )
 
     @model_validator(mode="after")
     def _protocols_are_told_apart(self) -> Self:

@@ -11,7 +11,15 @@ from typing import Any
 
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.experience import Experience, Sample
-from mulligan.common.reflections import MAX_TEXT_BYTES, Addition, Labels, Provenance, ReflectionKind, UseOutcome
+from mulligan.common.reflections import (
+    MAX_TEXT_BYTES,
+    Addition,
+    Labels,
+    Provenance,
+    ReflectionKind,
+    Retrieved,
+    UseOutcome,
+)
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.common.tracing import span
@@ -112,31 +120,38 @@ class StepRunner:
         ]
         recall = Recall(self.memory, self.settings, self.memory_scope, memory_version)
         found = await recall.read(readers, slots, step)
-        members: list[Member[AlgorithmSettings]] = []
-        for slot, (reader, retrieved) in enumerate(zip(readers, found, strict=True), first_slot):
-            peers = Peers(running=set(range(size)))
-            shown = [shown_in(retrieved, key) for key in reader.keys]
-            members += (
-                Member(
-                    experience_id=reader.keys[rollout],
-                    task_id=reader.task_id,
-                    rollout=rollout,
-                    step=step,
-                    steps=self.settings.steps,
-                    settings=self.settings.algorithm,
-                    sampling=self.settings.rollout,
-                    seed=derive_seed(self.settings.seed, step, reader.task_id, slot, rollout),
-                    harness=reader.harness,
-                    recorder=self.recorder,
-                    memory=shown[rollout][0],
-                    peers=peers,
-                    slots=slots,
-                    horizon=horizon,
-                    use=shown[rollout][1],
-                )
-                for rollout in range(size)
-            )
+        groups_shown = enumerate(zip(readers, found, strict=True), first_slot)
+        members = (
+            member
+            for slot, (reader, retrieved) in groups_shown
+            for member in self._members(step, slot, reader, retrieved, slots, horizon)
+        )
         return await gather_or_cancel(self._play(member) for member in members)
+
+    def _members(
+        self, step: int, slot: int, reader: Reader, retrieved: Retrieved, slots: PrioritySlots, horizon: int | None
+    ) -> Iterator[Member[AlgorithmSettings]]:
+        """Of one group."""
+        peers = Peers(running=set(range(len(reader.keys))))
+        for rollout, key in enumerate(reader.keys):
+            memory, use = shown_in(retrieved, key)
+            yield Member(
+                experience_id=key,
+                task_id=reader.task_id,
+                rollout=rollout,
+                step=step,
+                steps=self.settings.steps,
+                settings=self.settings.algorithm,
+                sampling=self.settings.rollout,
+                seed=derive_seed(self.settings.seed, step, reader.task_id, slot, rollout),
+                harness=reader.harness,
+                recorder=self.recorder,
+                memory=memory,
+                peers=peers,
+                slots=slots,
+                horizon=horizon,
+                use=use,
+            )
 
     async def _play(self, member: Member[AlgorithmSettings]) -> Experience:
         try:

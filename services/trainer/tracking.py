@@ -7,12 +7,13 @@ import contextlib
 import os
 import re
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -29,7 +30,8 @@ _ADVICE = "It says which events a metric writer has: remove the file, and the wr
 _SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|CREDENTIAL", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"://[^/@\s]+@")
 _ERROR_CHARACTERS = 300
-_FOLDERS: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)  # one thread at a time writes for a run
+_FOLDERS: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()  # held by the threads that write there
+_FOLDERS_LOCK = threading.Lock()
 
 
 class TrackingPosition(msgspec.Struct, frozen=True):
@@ -97,6 +99,12 @@ class Tracking:
                 worker.hand(entry)
 
 
+def _lock_of(folder: Path) -> threading.Lock:
+    """One thread at a time writes for a run, also where the run was resumed before an earlier thread had ended."""
+    with _FOLDERS_LOCK:
+        return _FOLDERS.setdefault(folder, threading.Lock())
+
+
 class TrackingThread:
     """One writer and its thread. `done` is set when it has closed the writer."""
 
@@ -131,7 +139,7 @@ class TrackingThread:
 
     def _work(self) -> None:
         try:
-            with _FOLDERS[self._run.folder]:
+            with _lock_of(self._run.folder):
                 while not self._abandoned and (entry := self._entries.get()) is not None:
                     self._pending.append(entry)
                     self._try(self._catch_up)

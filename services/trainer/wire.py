@@ -288,15 +288,17 @@ def evaluation_from_proto(message: run_service_pb2.EvaluationCompleted) -> Evalu
     )
 
 
-def entry_to_proto(entry: Entry) -> run_service_pb2.RunEvent:
+def entry_to_proto(entry: Entry, *, looks_on: bool = False) -> run_service_pb2.RunEvent:
+    """`looks_on`: for a caller who is not told what other code said."""
     message = run_service_pb2.RunEvent(number=entry.number, time=timestamp(entry.time))
     match entry.event:
         case StepEvent(step, metrics):
             message.step_completed.CopyFrom(run_service_pb2.StepCompleted(step=step, metrics=metrics))
         case EvaluationEvent():
             message.evaluation_completed.CopyFrom(evaluation_to_proto(entry.event))
-        case StateEvent(state, error):
-            message.state_changed.CopyFrom(run_service_pb2.StateChanged(state=state_to_proto(state), error=error))
+        case StateEvent(state, error, told):
+            said = told if looks_on and told else error
+            message.state_changed.CopyFrom(run_service_pb2.StateChanged(state=state_to_proto(state), error=said))
         case NoticeEvent(text):
             message.notice.CopyFrom(run_service_pb2.Notice(text=text))
     return message

@@ -462,6 +462,50 @@ def test_a_circle_is_noticed(planted: str, found: bool) -> None:
     assert bool(circle({PurePosixPath(path): source for path, source in sources.items()})) is found
 
 
+# By classes, which plug-ins bring along.
+MAY_GROW = {"services/trainer/objective.py: _INPUTS"}
+_GROWING = ("dict", "set", "list", "defaultdict", "OrderedDict")
+
+
+def growing(source: str, path: PurePosixPath) -> list[str]:
+    """Containers of a module that are empty at first: what is put there stays for ever, unless something takes it out.
+    Names of callers have no place there."""
+    found = []
+    for node in parsed(source).body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        value = node.value
+        is_empty = isinstance(value, ast.Dict | ast.List) and not ast.unparse(value).strip("[]{}")
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in _GROWING:
+            is_empty = not value.args or value.func.id == "defaultdict"
+        if is_empty:
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            found.append(f"{path}: {ast.unparse(target)}")
+    return found
+
+
+def test_no_module_keeps_what_callers_name() -> None:
+    found = [one for path in python_files("services") for one in growing((ROOT / path).read_text(), path)]
+    assert set(found) == MAY_GROW
+
+
+@pytest.mark.parametrize(
+    ("planted", "found"),
+    [
+        ("_LOCKS: defaultdict[str, Lock] = defaultdict(Lock)", True),
+        ("_SEEN: set[str] = set()", True),
+        ("_SEEN = {}", True),
+        ("_SEEN = []", True),
+        ("_LOCKS: WeakValueDictionary[str, Lock] = WeakValueDictionary()", False),
+        ("_NAMES = {1: 'one'}", False),
+        ("_NAMES = set(NAMES)", False),
+        ("def f():\n    seen = {}", False),
+    ],
+)
+def test_a_container_that_grows_is_noticed(planted: str, found: bool) -> None:
+    assert bool(growing(planted, PurePosixPath("services/env/a.py"))) is found
+
+
 # Every plug-in exports its settings under this name.
 SHARED_NAMES = {"Settings"}
 

@@ -6,6 +6,8 @@ memory mean nothing.
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from mulligan.common.rewards import exceeds
 from mulligan.trainer.algorithms import CUT_TEXTS, READING, Played, erl
 from mulligan.trainer.algorithms.erl import train
@@ -16,7 +18,7 @@ __all__ = ["PLAYS", "REMEMBERS", "Settings", "play", "train"]
 
 class Settings(erl.Settings):
     name: str = "try_again"
-    memory_entries: int = 0
+    memory_entries: int = Field(0, ge=0, le=100)
 
     @property
     def without_effect(self) -> frozenset[str]:

@@ -31,6 +31,7 @@ from mulligan.trainer.learner.held import UNANSWERED_SECONDS, HeldLearner, HeldL
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.ranks import FailedTogether, Ranks
 from mulligan.trainer.learner.settings import LearnerServerSettings
+from mulligan.trainer.learner.storage import is_name
 from mulligan.trainer.learner.wire import (
     data_from_proto,
     duration,
@@ -113,9 +114,12 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         self._held.clear()
         await asyncio.to_thread(self._ranks.leave)
 
-    async def learner_ids(self) -> list[str]:
-        """Of those that are held now."""
-        return [held.learner.learner_id for held in self._held]
+    def has(self, learner_id: str) -> bool:
+        """Whether it holds the learner, or has checkpoints that a new one with this id could load."""
+        return self._held.get(learner_id) is not None or self._has_checkpoints(learner_id)
+
+    def _has_checkpoints(self, learner_id: str) -> bool:
+        return is_name(learner_id) and (self._settings.checkpoint_folder / learner_id).exists()
 
     async def CreateLearner(self, request: pb.CreateLearnerRequest, context: Context) -> pb.CreateLearnerResponse:
         self._guard.check_learner(context, request.learner_id)
@@ -136,7 +140,11 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         )
 
     async def GetLearner(self, request: pb.GetLearnerRequest, context: Context) -> pb.GetLearnerResponse:
-        held = self._held.find(request.learner_id)
+        try:
+            held = self._held.find(request.learner_id)
+        except DomainError as error:
+            there_are = self._has_checkpoints(request.learner_id)
+            raise error.told(error.message, has_checkpoints=str(there_are).lower()) from None
         if self._guard.allows_learner(context, request.learner_id):
             held.renew()
         done, total = held.learner.progress

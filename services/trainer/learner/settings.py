@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
@@ -58,3 +59,11 @@ class LearnerSpec:
     seed: int = 0
     deterministic: bool = False
     keep_checkpoints: int = 0  # those with the most steps, but at least two; 0 keeps all
+
+
+class LearnerUse(StrEnum):
+    """What a server of learners says of an id."""
+
+    FREE = "free"
+    IN_USE = "in_use"  # by a learner, or by checkpoints, which a new learner with this id could load
+    UNTOLD = "untold"  # there is no such learner, and of checkpoints the server says nothing

@@ -47,9 +47,14 @@ class CheckpointState:
     moments: str = "float32"  # optimizer.moments
 
 
+def is_name(name: str) -> bool:
+    """Whether it can be the name of a learner, or of a checkpoint."""
+    return bool(_NAME.fullmatch(name))
+
+
 def check_name(field: str, name: str) -> str:
     """The name, if it is safe as one path component. Raises INVALID_FIELD for separators, hidden or relative names."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise invalid_field(field, "1 to 128 letters, digits, '.', '_' and '-', the first not '.' or '-'")
     return name
 

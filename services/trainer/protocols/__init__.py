@@ -5,7 +5,11 @@ A module exports
 - `Settings`, a subclass of `ProtocolSettings`: one table of `evaluation.protocols`;
 - `async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]`, which plays with
   the helpers of `Player` (`mulligan.trainer.player`) and returns metrics by name. A metric that cannot be measured is
-  left out. `gather_or_cancel` of `mulligan.common.tasks` runs many attempts at a time.
+  left out. `Player.attempts`, and `Player.each` for other than plain attempts, play many at a time, and begin each when
+  there is a slot for it.
+
+A setting `samples`, the attempts per task, has at most `MOST_SAMPLES`, and so many that tasks × samples are at most
+`MOST_ATTEMPTS`; that is checked before anything is sampled.
 
 It may export `lacks(environment: EnvironmentInfo, tasks: Sequence[TaskInfo], settings: Settings) -> str`: what the
 environment must have and has not, "" if nothing. Then the evaluation is refused before anything is sampled. What is
@@ -20,6 +24,10 @@ from pydantic import ConfigDict, Field
 
 from mulligan.common.plugins import Plugins, PluginSettings
 
+MOST_PROTOCOLS = 32  # of an evaluation
+MOST_SAMPLES = 10_000  # attempts at a task
+MOST_ATTEMPTS = 100_000  # attempts of an evaluation, and of a protocol in it: what they found is kept to the end
+
 
 class ProtocolSettings(PluginSettings):
     """What every protocol has. A protocol's own `Settings` add to it."""
@@ -33,6 +41,12 @@ class ProtocolSettings(PluginSettings):
     def prefix(self) -> str:
         """Begins the names of its metrics."""
         return self.label or self.name.rpartition(".")[2]
+
+    @property
+    def attempts_per_task(self) -> tuple[str, int]:
+        """The setting that says how many attempts at a task there are, and that number."""
+        samples = getattr(self, "samples", None)
+        return "samples", samples if isinstance(samples, int) else 1
 
 
 class WritingSettings(ProtocolSettings):

@@ -14,10 +14,9 @@ from statistics import fmean
 
 from pydantic import Field
 
-from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import TaskInfo
 from mulligan.trainer.player import Player
-from mulligan.trainer.protocols import ProtocolSettings
+from mulligan.trainer.protocols import MOST_SAMPLES, ProtocolSettings
 from mulligan.trainer.texts import guided_by
 
 
@@ -26,7 +25,7 @@ class Settings(ProtocolSettings):
 
     name: str = "guided"
     text: str = Field(min_length=1)
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=MOST_SAMPLES)
 
 
 async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]:
@@ -37,7 +36,5 @@ async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> 
 
 
 async def _solved(player: Player, tasks: Sequence[TaskInfo], settings: Settings, system: str | None) -> list[bool]:
-    samples = await gather_or_cancel(
-        player.attempt(task, number, system=system) for task in tasks for number in range(settings.samples)
-    )
+    samples = await player.attempts(tasks, settings.samples, system=system)
     return [player.solves(sample) for sample in samples if sample.reward is not None]

@@ -15,10 +15,9 @@ from statistics import fmean
 from pydantic import Field
 
 from mulligan.common.rewards import reaches
-from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import TaskInfo
 from mulligan.trainer.player import Player
-from mulligan.trainer.protocols import ProtocolSettings
+from mulligan.trainer.protocols import MOST_SAMPLES, ProtocolSettings
 
 
 class Settings(ProtocolSettings):
@@ -26,7 +25,7 @@ class Settings(ProtocolSettings):
     shows."""
 
     name: str = "misled"
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=MOST_SAMPLES)
     feedback: str = "That was wrong. Try again.\n\n{observation}"
     control: str = "Once more:\n\n{observation}"
 
@@ -44,11 +43,7 @@ async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> 
 
 async def _tries(player: Player, tasks: Sequence[TaskInfo], samples: int, again: str) -> list[tuple[bool, bool]]:
     """Of each attempt whether its two tries succeeded. One whose conversation is full after the first is left out."""
-    played = await gather_or_cancel(
-        player.attempt(task, number, tries=2, again=again, until_solved=False)
-        for task in tasks
-        for number in range(samples)
-    )
+    played = await player.attempts(tasks, samples, tries=2, again=again, until_solved=False)
     # The second try has no turns if the conversation was full before it.
     both = [sample for sample in played if sample.reward is not None and sample.try_turns[1:] not in ((), (0,))]
     rewards = [[reaches(reward, player.threshold) for reward in sample.try_rewards] for sample in both]

@@ -14,18 +14,17 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from mulligan.common.plugins import located
-from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import TaskInfo
 from mulligan.trainer.player import Player
-from mulligan.trainer.protocols import ProtocolSettings
+from mulligan.trainer.protocols import MOST_SAMPLES, ProtocolSettings
 
 
 class Settings(ProtocolSettings):
     """`samples` are the attempts per task, the largest of `k` if None. The evaluation's own are among them."""
 
     name: str = "pass_at_k"
-    k: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4), min_length=1)
-    samples: int | None = None
+    k: tuple[Annotated[int, Field(ge=1, le=MOST_SAMPLES)], ...] = Field((1, 2, 4), min_length=1, max_length=64)
+    samples: int | None = Field(None, le=MOST_SAMPLES)
 
     @model_validator(mode="after")
     def _samples_suffice(self) -> Self:
@@ -33,10 +32,14 @@ class Settings(ProtocolSettings):
             raise located({("samples",): f"expected at least the largest k, {max(self.k)}"})
         return self
 
+    @property
+    def attempts_per_task(self) -> tuple[str, int]:
+        return ("k", max(self.k)) if self.samples is None else ("samples", self.samples)
+
 
 async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]:
-    count = settings.samples or max(settings.k)
-    samples = await gather_or_cancel(player.attempt(task, number) for task in tasks for number in range(count))
+    _, count = settings.attempts_per_task
+    samples = await player.attempts(tasks, count)
     rewarded = [
         [player.solves(sample) for sample in samples[start : start + count] if sample.reward is not None]
         for start in range(0, len(samples), count)

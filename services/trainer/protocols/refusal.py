@@ -14,10 +14,9 @@ from statistics import fmean
 from pydantic import Field
 
 from mulligan.common.experience import Sample
-from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import EnvironmentInfo, TaskInfo
 from mulligan.trainer.player import Player
-from mulligan.trainer.protocols import ProtocolSettings
+from mulligan.trainer.protocols import MOST_SAMPLES, ProtocolSettings
 
 TAG = "answerable"
 
@@ -26,7 +25,7 @@ class Settings(ProtocolSettings):
     """`read_as` are the readings of an answer that mean a refusal, without regard to case, spaces and a full stop."""
 
     name: str = "refusal"
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=MOST_SAMPLES)
     read_as: tuple[str, ...] = ("refused", "I don't know")
 
 
@@ -37,11 +36,10 @@ def lacks(environment: EnvironmentInfo, tasks: Sequence[TaskInfo], settings: Set
 
 
 async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]:
-    tagged = [task for task in tasks if task.tags.get(TAG) in ("true", "false") for _ in range(settings.samples)]
-    samples = await gather_or_cancel(
-        player.attempt(task, number % settings.samples) for number, task in enumerate(tagged)
-    )
-    pairs = [(task, sample) for task, sample in zip(tagged, samples, strict=True) if sample.reward is not None]
+    tagged = [task for task in tasks if task.tags.get(TAG) in ("true", "false")]
+    samples = await player.attempts(tagged, settings.samples)
+    played = [(tagged[number // settings.samples], sample) for number, sample in enumerate(samples)]
+    pairs = [(task, sample) for task, sample in played if sample.reward is not None]
     without = [sample for task, sample in pairs if task.tags[TAG] == "false"]
     answerable = [sample for task, sample in pairs if task.tags[TAG] == "true"]
     readings = {_plain(one) for one in settings.read_as}

@@ -14,16 +14,15 @@ from statistics import fmean
 
 from pydantic import Field
 
-from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import EnvironmentInfo, TaskInfo
 from mulligan.trainer.player import Player
-from mulligan.trainer.protocols import ProtocolSettings
+from mulligan.trainer.protocols import MOST_SAMPLES, ProtocolSettings
 
 
 class Settings(ProtocolSettings):
     name: str = "steerability"
     baseline: str = "none"
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=MOST_SAMPLES)
     temperature: float = Field(0.75, ge=0)
     top_p: float = Field(0.9, gt=0, le=1)
 
@@ -40,20 +39,18 @@ def lacks(environment: EnvironmentInfo, tasks: Sequence[TaskInfo], settings: Set
 
 
 async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]:
-    numbered = [
-        (context, task, number)
-        for question in _complete(tasks)
-        for context, task in question.items()
-        for number in range(settings.samples)
-    ]
-    samples = await gather_or_cancel(
-        player.attempt(task, number, temperature=settings.temperature, top_p=settings.top_p, top_k=0)
-        for _, task, number in numbered
+    asked = [(context, task) for question in _complete(tasks) for context, task in question.items()]
+    samples = await player.attempts(
+        [task for _, task in asked],
+        settings.samples,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=0,
     )
     solved = defaultdict(list)
-    for (context, _, _), sample in zip(numbered, samples, strict=True):
+    for number, sample in enumerate(samples):
         if sample.reward is not None:
-            solved[context].append(player.solves(sample))
+            solved[asked[number // settings.samples][0]].append(player.solves(sample))
     accuracy = {context: fmean(solved[context]) for context in _contexts(tasks) if solved[context]}
     metrics = {f"accuracy_{context}": share for context, share in accuracy.items()}
     if settings.baseline in accuracy:

@@ -19,10 +19,9 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample
 from mulligan.common.rewards import reaches
-from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import TaskInfo
 from mulligan.trainer.player import Player
-from mulligan.trainer.protocols import ProtocolSettings
+from mulligan.trainer.protocols import MOST_SAMPLES, ProtocolSettings
 
 
 class Settings(ProtocolSettings):
@@ -31,7 +30,7 @@ class Settings(ProtocolSettings):
 
     name: str = "turns"
     tries: int = Field(4, ge=2, le=100)
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=MOST_SAMPLES)
     guided: str = "{feedback}\n\nTry again.\n\n{observation}"
     unguided: str = "That was not right. Try again.\n\n{observation}"
 
@@ -40,11 +39,7 @@ async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> 
     metrics: dict[str, float] = {}
     for arm in ("guided", "unguided"):
         again = getattr(settings, arm)
-        samples = await gather_or_cancel(
-            player.attempt(task, number, tries=settings.tries, again=again)
-            for task in tasks
-            for number in range(settings.samples)
-        )
+        samples = await player.attempts(tasks, settings.samples, tries=settings.tries, again=again)
         played = [sample for sample in samples if sample.reward is not None]
         metrics |= {f"{arm}_{name}": value for name, value in _metrics(player, played, settings.tries).items()}
     last = f"success@{settings.tries}"

@@ -47,10 +47,10 @@ class Settings(WritingSettings):
     """`instruction` asks for a paraphrase of `{text}`. `sentences` is how many `length` puts before a question."""
 
     name: str = "variants"
-    operators: tuple[Operator, ...] = Field(tuple(Operator), min_length=1)
+    operators: tuple[Operator, ...] = Field(tuple(Operator), min_length=1, max_length=16)
     temperature: float = Field(0.0, ge=0)
     paraphrase_temperature: float = Field(0.7, gt=0)
-    sentences: int = Field(3, ge=1)
+    sentences: int = Field(3, ge=1, le=1000)
     instruction: str = (
         "Say the following in other words. Keep its meaning, all numbers and names, and lines that begin with a letter "
         "and a full stop. Answer with the new text alone.\n\n{text}"
@@ -75,7 +75,7 @@ def lacks(environment: EnvironmentInfo, tasks: Sequence[TaskInfo], settings: Set
 
 
 async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]:
-    found = await gather_or_cancel(_answers(player, task, settings) for task in tasks)
+    found = await player.each(tasks, lambda task: _answers(player, task, settings))
     by_version: dict[str, list[bool]] = {}
     for answers in found:
         for operator, sample in answers.items():

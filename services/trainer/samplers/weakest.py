@@ -25,7 +25,7 @@ class Settings(SamplerSettings):
     name: str = "weakest"
     floor: float = Field(0.05, gt=0, le=1)
     visits: int = Field(4, ge=1)
-    repeats: int = Field(1, ge=1)
+    repeats: int = Field(1, ge=1, le=100)
 
 
 class _Ticket(NamedTuple):
@@ -40,11 +40,11 @@ def choose(request: TaskRequest, history: History, settings: Settings) -> Choice
     already = history.chosen_in(request.step)
     repeats = max(settings.repeats, ceil((request.count + already.total()) / len(tasks)))
     generator = random.Random(derive_seed(request.seed, "weakest", request.step, request.round))
-    tickets = [
+    tickets = (
         _Ticket(log(1 - generator.random()) / weight(task, history, settings, request.success_threshold), task)
         for task in tasks
         for _ in range(repeats - already[task])
-    ]
+    )
     return Choice([ticket.task for ticket in heapq.nlargest(request.count, tickets)])
 
 

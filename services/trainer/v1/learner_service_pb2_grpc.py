@@ -175,7 +175,9 @@ class LearnerServiceServicer:
 
     def GetLearner(self, request, context):
         """Idempotent. The cheapest call that renews a lease. Where the server asks for credentials of runs, it renews the lease
-        of a caller that has one.
+        of a caller that has one. The metadata of its UNKNOWN_LEARNER has `has_checkpoints`, too: "true" if there are
+        checkpoints that a new learner with this id could load, "false" if there are none. Servers of the first release do
+        not tell.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,7 +62,9 @@ class LearnerServiceStub:
     """
     GetLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.GetLearnerRequest, _learner_service_pb2.GetLearnerResponse]
     """Idempotent. The cheapest call that renews a lease. Where the server asks for credentials of runs, it renews the lease
-    of a caller that has one.
+    of a caller that has one. The metadata of its UNKNOWN_LEARNER has `has_checkpoints`, too: "true" if there are
+    checkpoints that a new learner with this id could load, "false" if there are none. Servers of the first release do
+    not tell.
     """
     ListLearners: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ListLearnersRequest, _learner_service_pb2.ListLearnersResponse]
     """All that the server holds, by id. It renews no lease. Idempotent."""
@@ -155,7 +157,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_learner_service_pb2.GetLearnerRequest, _abc.Awaitable[_learner_service_pb2.GetLearnerResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.GetLearnerResponse]:
         """Idempotent. The cheapest call that renews a lease. Where the server asks for credentials of runs, it renews the lease
-        of a caller that has one.
+        of a caller that has one. The metadata of its UNKNOWN_LEARNER has `has_checkpoints`, too: "true" if there are
+        checkpoints that a new learner with this id could load, "false" if there are none. Servers of the first release do
+        not tell.
         """
 
     @_abc_1.abstractmethod

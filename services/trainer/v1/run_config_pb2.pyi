@@ -727,9 +727,11 @@ class RolloutConfig(_message.Message):
     REPLACE_ROUNDS_FIELD_NUMBER: _builtins.int
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
     tasks_per_step: _builtins.int
-    """Tasks of one training step. Default 64."""
+    """Tasks of one training step. Default 64. tasks_per_step × rollouts_per_task × (max_staleness + 1), the chains that are
+    sampled at once, is at most 131,072.
+    """
     rollouts_per_task: _builtins.int
-    """Chains per task: the group's size. Default 4."""
+    """Chains per task: the group's size. 1 to 4,096. Default 4."""
     temperature: _builtins.float
     """Of the attempts: temperature greater than 0, top_p in (0, 1], top_k tokens. Defaults 0.7, 1 and 0 (all)."""
     top_p: _builtins.float
@@ -741,7 +743,7 @@ class RolloutConfig(_message.Message):
     reflection_top_p: _builtins.float
     reflection_max_tokens: _builtins.int
     concurrency: _builtins.int
-    """Chains that run at a time. Default 256."""
+    """Chains that run at a time: 1 to 131,072. Default 256."""
     max_restarts: _builtins.int
     """How often an attempt is started over after an infrastructure error, before it is excluded. Default 3."""
     train_tasks: _builtins.int
@@ -754,7 +756,7 @@ class RolloutConfig(_message.Message):
     gradient has none where all rewards are the same; "erl" still learns from such a group if a second attempt succeeds
     or second attempts differ. "nft" goes by right and wrong answers. Without a learner, a group has a signal if it leaves
     something in the memory. What is left after the last round is trained on as it is. Replaced groups are journaled, count in the metrics `rollouts` and `replaced_groups`,
-    and are neither trained on nor remembered. Default 0. With more, rollouts_per_task is at least 2.
+    and are neither trained on nor remembered. 0 to 100. Default 0. With more, rollouts_per_task is at least 2.
     """
     max_staleness: _builtins.int
     """How many training steps the weights may be ahead of those that sampled a token, when it is trained on. So many steps
@@ -861,15 +863,17 @@ class EvaluationConfig(_message.Message):
     tasks: _builtins.int
     """Test tasks, of each environment; 0, the default, means all."""
     samples: _builtins.int
-    """Attempts per task. Default 4."""
+    """Attempts per task: 1 to 10,000, and at most 100,000 at all tasks of an environment. The tasks are counted when the
+    evaluation begins: a run with more ends as FAILED. Default 4.
+    """
     temperature: _builtins.float
     """As in RolloutConfig, but 0 is a legal temperature: greedy. Defaults 0.7, 0.8 and 20."""
     top_p: _builtins.float
     top_k: _builtins.int
     @_builtins.property
     def protocols(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProtocolConfig]:
-        """What else is measured at each evaluation, in this order. None when empty. In a run of several environments, a
-        protocol runs in each that has what it needs.
+        """What else is measured at each evaluation, in this order. At most 32, each with as many attempts as the evaluation
+        itself may have. None when empty. In a run of several environments, a protocol runs in each that has what it needs.
         """
 
     def __init__(

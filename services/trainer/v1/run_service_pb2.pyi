@@ -69,7 +69,9 @@ class Run(_message.Message):
     run_id: _builtins.str
     state: Global___RunState.ValueType
     error: _builtins.str
-    """Why it is FAILED; empty otherwise."""
+    """Why it is FAILED; empty otherwise. What code of others said, such as a plug-in or a library, is for callers whose role
+    may start runs, as it may quote anything; others are told its type, and the id by which the server's log has it.
+    """
     step: _builtins.int
     """Completed training steps."""
     train_seconds: _builtins.float
@@ -478,6 +480,7 @@ class StateChanged(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     state: Global___RunState.ValueType
     error: _builtins.str
+    """As in Run."""
     def __init__(
         self,
         *,

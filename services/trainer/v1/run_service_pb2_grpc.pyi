@@ -53,7 +53,8 @@ class RunServiceStub:
     trainer's `models_folder`. PERMISSION_DENIED RUN_CREDENTIAL: the server asks for credentials of runs, and the call has
     none for the scope that algorithm.memory_scope names, which is neither the run's own nor one of all runs, metadata
     `scope`; or the run is a new one and its id is in use already, by a scope of the memory with entries, metadata
-    `scope`, or by a learner or its checkpoints, metadata `learner_id`. UNAVAILABLE SERVICE_UNAVAILABLE, metadata
+    `scope`, or by a learner or its checkpoints, metadata `learner_id`; also where another trainer's learner service,
+    of an earlier release, does not say whether it has such checkpoints. UNAVAILABLE SERVICE_UNAVAILABLE, metadata
     `endpoint`: the server that could tell is away. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`, `free_bytes` and
     `needed_bytes`. Some problems are found only by training: an unknown environment or model, an
     environment without training tasks or without test tasks, a service that stays away. They end the run as FAILED.
@@ -142,7 +143,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         trainer's `models_folder`. PERMISSION_DENIED RUN_CREDENTIAL: the server asks for credentials of runs, and the call has
         none for the scope that algorithm.memory_scope names, which is neither the run's own nor one of all runs, metadata
         `scope`; or the run is a new one and its id is in use already, by a scope of the memory with entries, metadata
-        `scope`, or by a learner or its checkpoints, metadata `learner_id`. UNAVAILABLE SERVICE_UNAVAILABLE, metadata
+        `scope`, or by a learner or its checkpoints, metadata `learner_id`; also where another trainer's learner service,
+        of an earlier release, does not say whether it has such checkpoints. UNAVAILABLE SERVICE_UNAVAILABLE, metadata
         `endpoint`: the server that could tell is away. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`, `free_bytes` and
         `needed_bytes`. Some problems are found only by training: an unknown environment or model, an
         environment without training tasks or without test tasks, a service that stays away. They end the run as FAILED.

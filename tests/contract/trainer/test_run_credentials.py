@@ -28,6 +28,7 @@ from mulligan.trainer.config import TrainerSettings
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.servicer import LearnerServicer
 from mulligan.trainer.learner.servicer import add_to_server as add_learners
+from mulligan.trainer.learner.settings import LearnerUse
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.servicer import add_to_server as add_runs
 from mulligan.trainer.settings import EvaluationSettings, RunSettings
@@ -163,8 +164,8 @@ class Used:
             raise self.error
         return self.versions.get(scope, 0)
 
-    async def learner_ids(self) -> list[str]:
-        return self.learners
+    async def learner_use(self, learner_id: str) -> LearnerUse:
+        return LearnerUse.IN_USE if learner_id in self.learners else LearnerUse.FREE
 
 
 class Runs:
@@ -210,7 +211,7 @@ async def runs(tmp_path: Path, world: World) -> AsyncIterator[Runs]:
     keys = settings.keys
     assert keys is not None
     used = Used()
-    admission = settings.admission(used.snapshot, used.learner_ids)
+    admission = settings.admission(used.snapshot, used.learner_use)
     async with serving(settings, lambda server: add_runs(server, manager, admission)) as endpoint:
         async with grpc.aio.insecure_channel(endpoint.address) as channel:
             yield Runs(endpoint, run_service_pb2_grpc.RunServiceStub(channel), keys, used)
@@ -250,17 +251,15 @@ async def test_a_run_writes_to_its_own_scope_or_a_shared_one_or_one_that_its_cal
     assert runs.keys.verify(given) == RunGrant("ours", ("team",))
 
 
-async def test_a_new_run_gets_no_credential_for_what_others_have(runs: Runs, world: World, tmp_path: Path) -> None:
+async def test_a_new_run_gets_no_credential_for_what_others_have(runs: Runs, world: World) -> None:
     """Such as a loop of somebody's own, with a credential of `mulligan token`, or a run of another trainer."""
     settings = scoped(world.folder.settings(), "")
     runs.used.versions = {"my-loop": 3}
     runs.used.learners = ["my-learner"]
-    (tmp_path / "checkpoints" / "my-checkpoint").mkdir(parents=True)
     trainer = AccessRole.TRAINER
     for run_id, metadata in (
         ("my-loop", {"scope": "my-loop"}),
         ("my-learner", {"learner_id": "my-learner"}),
-        ("my-checkpoint", {"learner_id": "my-checkpoint"}),
     ):
         for wrong in ("", runs.keys.sign(RunGrant("other", ("other",)), 60)):
             error = await refused(runs.start(run_id, settings, trainer, wrong))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
+from collections.abc import Coroutine, Iterator
+from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -14,6 +18,7 @@ from mulligan.common.tasks import (
     TimeLimit,
     TooLong,
     cancel,
+    gather_in_turn,
     gather_or_cancel,
     to_its_end,
 )
@@ -99,6 +104,82 @@ async def test_who_is_cancelled_is_cancelled_although_a_call_fails_at_its_end() 
     await started.wait()
     await cancel(caller)
     assert caller.cancelled()
+
+
+async def test_others_have_their_turn_while_many_tasks_are_made() -> None:
+    made = 0
+    seen = []
+
+    def many() -> Iterator[Coroutine[Any, Any, int]]:
+        nonlocal made
+        for made in range(1, 1001):
+            yield returned(made)
+
+    async def another() -> None:
+        while made < 1000:
+            seen.append(made)
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(another())
+    assert await gather_or_cancel(many()) == list(range(1, 1001))
+    await beside
+    assert max(two - one for one, two in pairwise(seen)) <= 100
+
+
+async def test_who_is_cancelled_while_tasks_are_made_makes_no_more() -> None:
+    ran = []
+
+    async def noted(value: int) -> int:
+        ran.append(value)
+        return value
+
+    coroutines = [noted(value) for value in range(1000)]
+    caller = asyncio.create_task(gather_or_cancel(coroutines))
+    await asyncio.sleep(0)
+    await cancel(caller)
+    assert caller.cancelled() and len(ran) <= 200
+    assert {inspect.getcoroutinestate(one) for one in coroutines} == {inspect.CORO_CLOSED}
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 10_000])
+async def test_in_turn_each_is_made_when_it_can_begin(at_once: int) -> None:
+    made: list[int] = []
+    ended: list[int] = []
+    most = 0
+
+    async def one(value: int) -> int:
+        nonlocal most
+        most = max(most, len(made) - len(ended))
+        for _ in range(value % 3):
+            await asyncio.sleep(0)
+        ended.append(value)
+        return value
+
+    def all_of() -> Iterator[Coroutine[Any, Any, int]]:
+        for value in range(50):
+            made.append(value)
+            yield one(value)
+
+    assert await gather_in_turn(all_of(), at_once) == list(range(50)) == made
+    assert most <= at_once and (most == at_once or at_once > 50)
+    assert await gather_in_turn(iter(()), at_once) == []
+
+
+async def test_in_turn_the_first_failure_ends_the_others_and_begins_no_more() -> None:
+    begun = []
+    ended = []
+
+    async def one(value: int) -> int:
+        begun.append(value)
+        try:
+            await (failing() if value == 2 else asyncio.Event().wait())
+        finally:
+            ended.append(value)
+        return value
+
+    with pytest.raises(Failed):
+        await gather_in_turn((one(value) for value in range(10)), 4)
+    assert begun == [0, 1, 2, 3] and sorted(ended) == begun
 
 
 async def test_a_failure_leaves_no_cancellation_behind() -> None:

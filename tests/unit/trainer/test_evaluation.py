@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import SamplingParams
+from mulligan.common.tasks import PrioritySlots
 from mulligan.trainer.evaluation import ProtocolFailed, evaluate
 from mulligan.trainer.events import EvaluationEvent, EventLog
 from mulligan.trainer.folder import RunState
@@ -153,6 +155,110 @@ async def test_no_more_run_at_a_time_than_the_limit(limit: int) -> None:
     answers = dict.fromkeys(map(str, range(6)), "go")
     await measured(Slow(answers), FakePolicy(says), {"name": "turns"}, samples=2, concurrency=limit)
     assert most == limit
+
+
+PROTOCOLS = [
+    {"name": "guided", "text": "hint"},
+    {"name": "misled"},
+    {"name": "pass_at_k", "k": [3]},
+    {"name": "refusal", "samples": 3},
+    {"name": "steerability"},
+    {"name": "turns", "tries": 2},
+    {"name": "variants", "operators": ["format"]},
+]
+
+
+@pytest.mark.parametrize("table", [None, *PROTOCOLS], ids=lambda table: table["name"] if table else "own")
+async def test_attempts_are_made_as_slots_become_free(table: dict[str, Any] | None) -> None:
+    """What waits is not made yet: a caller says how many there are."""
+    begun: dict[str, int] = {}  # by protocol, the most that had begun and not ended
+
+    class Slow(FakeEnvironment):
+        async def start(self, environment: str, task_id: str, episode_id: str) -> Any:
+            await asyncio.sleep(0)
+            return await super().start(environment, task_id, episode_id)
+
+    def tell(progress: EvaluationProgress) -> None:
+        most = begun.get(progress.protocol, 0)
+        begun[progress.protocol] = max(most, progress.asked - progress.ended)
+
+    contexts = ["none", "some"]
+    tags = {
+        f"t{number}": {"answerable": "false", "question": str(number // 2), "context": contexts[number % 2]}
+        for number in range(40)
+    }
+    tables = [table] if table else []
+    places = Slow(dict.fromkeys(tags, "go"))
+    await measured(places, FakePolicy(says), *tables, tags=tags, samples=2, concurrency=3, tell=tell)
+    assert set(begun) == {"", *(table["name"] for table in tables)}
+    assert all(0 < most <= 2 * 3 * 2 for most in begun.values()), "variants has two attempts of a task at once"
+
+
+async def test_attempts_come_before_rollouts_that_wait_for_the_same_slots() -> None:
+    slots = PrioritySlots(2)
+    order: list[str] = []
+
+    async def rollout() -> None:
+        async with slots.held(0):
+            order.append("rollout")
+            await asyncio.sleep(0)
+
+    def tell(progress: EvaluationProgress) -> None:
+        order.extend(["attempt"] * (progress.ended - order.count("attempt")))
+
+    await slots.acquire()
+    await slots.acquire()
+    rollouts = [asyncio.create_task(rollout()) for _ in range(5)]
+    await asyncio.sleep(0)
+    made = await player(board(20), FakePolicy(says), concurrency=2, slots=slots, tell=tell)
+    evaluating = asyncio.create_task(evaluate(made))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    slots.release()
+    slots.release()
+    await evaluating
+    await asyncio.gather(*rollouts)
+    assert order[:18] == ["attempt"] * 18, "the last ones leave slots that no attempt waits for"
+
+
+async def test_what_is_kept_of_attempts_is_small() -> None:
+    long = "x" * 10_000
+    policy = FakePolicy(lambda *_: long)
+    for found in await evaluate(await player(board(2), policy)):
+        assert not found.sequences and len(repr(found)) < 1_000
+    made = await player(board(2), policy, [{"name": "misled"}])
+    await evaluate(made)
+    attempt = await made.attempt(made.tasks[0])
+    assert len(policy.calls) == 4, "a protocol has it with its words"
+    assert not attempt.sequences and len(attempt.turns[0].text) >= 1_000
+
+
+@pytest.mark.parametrize(
+    ("tables", "samples", "field", "limit"),
+    [
+        ([], 26, "samples", 25),
+        ([{"name": "misled", "samples": 26}], 1, "protocols[0].samples", 25),
+        ([{"name": "misled"}, {"name": "pass_at_k", "k": [1, 26]}], 1, "protocols[1].k", 25),
+        ([{"name": "pass_at_k", "samples": 26}], 1, "protocols[0].samples", 25),
+    ],
+)
+async def test_an_evaluation_has_only_so_many_attempts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tables: list[dict[str, Any]],
+    samples: int,
+    field: str,
+    limit: int,
+) -> None:
+    monkeypatch.setattr("mulligan.trainer.evaluation.MOST_ATTEMPTS", 100)
+    policy = FakePolicy(says)
+    runs = manager(tmp_path, board(), policy)
+    settings = validated(EvaluationSettings, {"samples": samples, "protocols": tables})
+    with pytest.raises(DomainError, match=re.escape(f"{field}: expected at most {limit}, as 4 test tasks")) as caught:
+        await runs.evaluate("fake", settings, RolloutSettings(), 0, 1.0)
+    assert caught.value.reason is Reason.INVALID_SETTING and caught.value.metadata["field"] == field
+    assert not policy.calls
+    await runs.close()
 
 
 async def test_progress_is_told_of_each_protocol() -> None:

@@ -111,10 +111,9 @@ async def measured(policy: FakePolicy, name: str, turns: int = 3) -> list[Any]:
 async def test_a_policy_without_token_ids_is_measured_by_messages() -> None:
     hosted = says("go", features=TEXT_ALONE)
     (attempt,) = await measured(service(says("no"), hosted=hosted), "hosted")
-    assert attempt.reward == 1 and [turn.text for turn in attempt.turns] == ["go"] * 3
+    assert attempt.reward == 1 and len(hosted.calls) == 3
     assert [len(prompt) for prompt, _ in hosted.calls if isinstance(prompt, tuple)] == [2, 4, 6]
     assert all(sampling.seed is None for _, sampling in hosted.calls), "its engine takes no seed"
-    assert all(sequence.token_ids == [] for sequence in attempt.sequences)
 
 
 @pytest.mark.parametrize("change", [{"rewrites_history": True}, {"features": TEXT_ALONE}])

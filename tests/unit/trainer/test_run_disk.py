@@ -145,8 +145,8 @@ async def test_a_failure_that_cannot_be_written_is_told(
     world.policy.update_weights = update_weights  # type: ignore[method-assign]
     manager.go_on()
     entries = await asyncio.wait_for(follow(manager, "run"), 20)
-    assert entries[-1].event == StateEvent(RunState.FAILED, "RuntimeError: the engine is on fire")
     record = manager.record("run")
+    assert entries[-1].event == StateEvent(RunState.FAILED, "RuntimeError: the engine is on fire", record.told)
     assert (record.state, record.error) == (RunState.FAILED, "RuntimeError: the engine is on fire")
     assert RunFolder(world.folder.path).record().state is RunState.RUNNING
     with pytest.raises(DomainError) as caught:

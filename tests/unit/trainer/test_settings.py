@@ -18,14 +18,18 @@ from pydantic.fields import FieldInfo
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.reflections import RetrievalStrategy
 from mulligan.common.suggest import problems
+from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.algorithms import erl
 from mulligan.trainer.learner.wire import loss_from_proto
+from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.loss_terms import KlEstimator, KlReference, MismatchCorrection
-from mulligan.trainer.losses import gspo, ppo
+from mulligan.trainer.losses import LOSSES, gspo, ppo
 from mulligan.trainer.memory_settings import MemoryPartSettings, MemoryReaders
-from mulligan.trainer.protocols import ProtocolSettings
-from mulligan.trainer.samplers import adarft, horizon, mixture, uniform, weakest
+from mulligan.trainer.protocols import PROTOCOLS, ProtocolSettings
+from mulligan.trainer.samplers import SAMPLERS, adarft, horizon, mixture, uniform, weakest
 from mulligan.trainer.settings import (
+    ALGORITHMS,
+    AlgorithmSettings,
     EvaluationSettings,
     LoraSettings,
     OptimizerSettings,
@@ -175,7 +179,7 @@ RUNS = st.builds(
     sampler=st.one_of(
         st.builds(uniform.Settings),
         st.builds(adarft.Settings, start=st.none() | positive, rest=fractions),
-        st.builds(weakest.Settings, floor=fractions, repeats=counts),
+        st.builds(weakest.Settings, floor=fractions, repeats=st.integers(1, 100)),
         st.builds(horizon.Settings, turns=st.lists(counts, min_size=1, max_size=3).map(tuple)),
         st.builds(mixture.Settings, shares=st.dictionaries(texts, positive, min_size=1, max_size=3)),
     ),
@@ -456,3 +460,119 @@ def test_a_bad_setting_is_named_with_the_nearest_right_name(table: str, settings
     with pytest.raises(DomainError) as caught:
         validated(RunSettings, {"environment": "e", table: settings})
     assert caught.value.metadata == {"field": f"{table}.{field}".rstrip(".")} and words in caught.value.message
+
+
+# Counts that a caller gives.
+
+# Without an upper bound: nothing is made that is as long.
+UNBOUNDED = {
+    "RolloutSettings.max_tokens",
+    "RolloutSettings.reflection_max_tokens",
+    "RolloutSettings.max_restarts",  # one after the other
+    "RolloutSettings.top_k",
+    "RolloutSettings.train_tasks",  # of those that the environment has
+    "EvaluationSettings.every",
+    "EvaluationSettings.tasks",  # likewise
+    "EvaluationSettings.top_k",
+    "OptimizerSettings.warmup_steps",
+    "OptimizerSettings.max_skipped_steps",
+    "RunSettings.steps",  # one after the other
+    "RunSettings.seed",
+    "RunSettings.checkpoint_every",
+    "RunSettings.keep_checkpoints",
+    "loss.reference_every",
+    "sampler horizon.turns",
+    "sampler horizon.steps_each",
+    "sampler weakest.visits",  # of those that there were
+    "algorithm expert_iteration.per_task",  # likewise
+}
+
+
+TABLES: list[type[BaseModel]] = [
+    RunSettings,
+    RolloutSettings,
+    EvaluationSettings,
+    OptimizerSettings,
+    LoraSettings,
+    PoliciesSettings,
+    TrackingSettings,
+    TrainedModelSettings,
+    MemoryPartSettings,
+    AlgorithmSettings,
+]
+
+
+def tables() -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every table of settings, with a name for it."""
+    for model in TABLES:
+        yield model.__name__, model
+    for kind in (ALGORITHMS, SAMPLERS, PROTOCOLS, LOSSES, ADVANTAGES):
+        for name in kind.names:
+            yield f"{kind.noun} {name}", kind.find(name).Settings
+
+
+def bounds(field: FieldInfo) -> bool:
+    """Whether a whole number, or each of several, has an upper bound."""
+    metadata = list(field.metadata)
+    for part in (field.annotation, *get_args(field.annotation)):
+        if get_origin(part) is Annotated:
+            for one in get_args(part)[1:]:
+                metadata += one.metadata if isinstance(one, FieldInfo) else [one]
+    return any(hasattr(one, "le") or hasattr(one, "lt") for one in metadata)
+
+
+def test_a_count_that_a_caller_gives_is_bounded() -> None:
+    """What a caller asks for with a number must not exhaust the trainer for all. A new count gets a bound, or stands
+    among those that need none."""
+    found = set()
+    for name, model in tables():
+        common = next((one for one in (AlgorithmSettings, LossSettings) if issubclass(model, one)), None)
+        for setting, field in fields_of(model).items():
+            if inner(field.annotation) is not int or bounds(field):
+                continue
+            inherited = common is not None and model is not common and setting in fields_of(common)
+            found.add(f"loss.{setting}" if inherited and common is LossSettings else f"{name}.{setting}")
+    assert found == UNBOUNDED
+
+
+def test_lists_that_a_caller_gives_are_bounded() -> None:
+    protocol = {"name": "misled"}
+    many = {"evaluation": {"protocols": [protocol | {"label": f"p{number}"} for number in range(33)]}}
+    with pytest.raises(DomainError, match=r"evaluation\.protocols: .* at most 32 items"):
+        validated(RunSettings, {"environment": "fake"} | many)
+    tables = [{"name": "pass_at_k", "k": list(range(1, 66))}]
+    with pytest.raises(DomainError, match=r"evaluation\.protocols\[0\]\.k: .* at most 64 items"):
+        validated(RunSettings, {"environment": "fake", "evaluation": {"protocols": tables}})
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "limit"),
+    [
+        ({"evaluation": {"samples": 10_001}}, "evaluation.samples", "10000"),
+        (
+            {"evaluation": {"protocols": [{"name": "misled", "samples": 10_001}]}},
+            "evaluation.protocols[0].samples",
+            "10000",
+        ),
+        ({"rollout": {"concurrency": 131_073}}, "rollout.concurrency", "131072"),
+        ({"rollout": {"replace_rounds": 101}}, "rollout.replace_rounds", "100"),
+        ({"rollout": {"rollouts_per_task": 2**31 - 1}}, "rollout.rollouts_per_task", "4096"),
+        ({"rollout": {"tasks_per_step": 32_769}}, "rollout.tasks_per_step", "32768 with rollouts_per_task = 4"),
+        (
+            {"rollout": {"tasks_per_step": 3_277, "max_staleness": 9}},
+            "rollout.tasks_per_step",
+            "3276 with rollouts_per_task = 4 and max_staleness = 9",
+        ),
+        ({"sampler": {"name": "weakest", "repeats": 101}}, "sampler.repeats", "100"),
+    ],
+)
+def test_a_count_beyond_its_bound_is_named(given: dict[str, Any], field: str, limit: str) -> None:
+    with pytest.raises(DomainError, match=re.escape(limit)) as caught:
+        validated(RunSettings, {"environment": "fake"} | given)
+    assert caught.value.reason is Reason.INVALID_SETTING
+    assert caught.value.metadata["field"] == field and caught.value.message.startswith(f"{field}: ")
+
+
+def test_the_largest_counts_are_taken() -> None:
+    rollout = {"tasks_per_step": 32_768, "concurrency": 131_072, "replace_rounds": 100}
+    validated(RunSettings, {"environment": "fake", "rollout": rollout, "evaluation": {"samples": 10_000}})

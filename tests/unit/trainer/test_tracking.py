@@ -23,6 +23,7 @@ from mulligan.trainer.settings import RunSettings, TrackingSettings
 from mulligan.trainer.tracking import Tracking, without_secrets
 from mulligan.trainer.v1.run_config_pb2 import RunConfig, TrackingConfig
 from mulligan.trainer.wire import settings_from_proto, settings_to_proto
+from tests.support.waiting import until
 
 NAME = "made_metric_writer"
 
@@ -133,6 +134,14 @@ async def test_a_hanging_writer_keeps_nothing_waiting(
     finally:
         del sys.modules[NAME]
     assert writer.steps == list(range(100))
+
+
+async def test_of_runs_that_ended_nothing_is_kept(tmp_path: Path, writer: MadeWriter, notices: list[str]) -> None:
+    """Their names are the callers', and a trainer has runs without end."""
+    for number in range(5):
+        async with opened(tmp_path / f"run-{number}", EventLog(tmp_path / f"{number}.jsonl"), notices):
+            await until(lambda: any(one.is_relative_to(tmp_path) for one in tracking._FOLDERS))
+    assert not any(folder.is_relative_to(tmp_path) for folder in tracking._FOLDERS)
 
 
 async def test_a_writer_that_is_gone_is_a_notice_of_a_resumed_run(tmp_path: Path, notices: list[str]) -> None:
