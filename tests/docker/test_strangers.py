@@ -54,9 +54,9 @@ SERVICERS: Mapping[str, Sequence[tuple[Any, str]]] = {
     "memory": [(memory_service_pb2_grpc, "MemoryService")],
     "trainer": [(run_service_pb2_grpc, "RunService"), (learner_service_pb2_grpc, "LearnerService")],
 }
-# What else listens, by container and port: what it asks for, and which containers reach it at most.
+# What else listens, by container and port: what it asks for, and which containers reach it at most. On Linux users of the
+# machine reach it, too, also in internal networks.
 OTHERS: Mapping[tuple[str, int], tuple[str, set[str]]] = {
-    ("postgres", 5432): ("no password: its network has the memory alone", {"memory"}),
     ("sglang", 30000): ("its key", {"policy"}),
     ("prometheus", 9090): ("nothing: it has numbers", {*SETTINGS, "jaeger", "grafana"}),
     ("jaeger", 4317): ("nothing; it speaks TLS", {*SETTINGS, "prometheus", "grafana"}),
@@ -115,8 +115,11 @@ def files(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 
 def test_each_port_is_reached_by_whom_it_is_declared_for(files: tuple[str, ...]) -> None:
-    """And published to this machine alone. What asks for no token of ours is reached by need."""
+    """And published to this machine alone. What asks for no token of ours is reached by need. PostgreSQL asks for nothing,
+    and is in no network."""
     services = rendered(*files)["services"]
+    if "postgres" in services:
+        assert services["postgres"]["network_mode"] == "none" and not ports_of("postgres", services["postgres"])
     for name, service in services.items():
         ports = ports_of(name, service)
         for published in service.get("ports", []):
