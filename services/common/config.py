@@ -108,15 +108,22 @@ class ServiceSettings(BaseSettings):
     )
 
     insecure: bool = Field(
-        False, description="Serves other machines without asking for credentials, and sends them tokens without TLS."
+        False, description="Other machines may be served without credentials or TLS, and sent tokens without TLS."
     )
 
     @model_validator(mode="after")
     def _is_closed(self) -> Self:
-        if not (self.insecure or self.tokens_folder or self.tls_client_ca or is_loopback(self.host)):
+        if self.insecure or is_loopback(self.host):
+            return self
+        if not (self.tokens_folder or self.tls_client_ca):
             raise ValueError(
                 f"host {self.host}: others could reach it, and make every call: set tokens_folder or tls_client_ca, or "
                 "allow it with --insecure"
+            )
+        if not (self.tls_certificate or self.tls_key or self.tls_client_ca):  # of one alone, the next check speaks
+            raise ValueError(
+                f"host {self.host}: others could read the tokens of calls on their way: set tls_certificate and "
+                "tls_key, or allow it with --insecure"
             )
         return self
 
@@ -226,11 +233,11 @@ class ServiceSettings(BaseSettings):
         """Also those in JSON, such as `--openai '{"api_key": "KEY"}'`, and passwords in URLs."""
         found = []
         for name, problem in secrets_among(cls, given):
-            variable = prefix + name.upper().replace(".", "__")
+            variable = f"the variable {prefix}{name.upper().replace('.', '__')}, or "
             other = f", or {name}_file" if has_setting(cls, f"{name}_file") else ""
             found.append(
-                f"{name}: {problem}, and other users see flags: expected the variable {variable}, or {name} in the "
-                f"file of --config{other}"
+                f"{name}: {problem}, and other users see flags: expected {variable if name.islower() else ''}{name} in "
+                f"the file of --config{other}"
             )
         if found:
             refuse(cls.service, *found)

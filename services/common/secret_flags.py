@@ -13,6 +13,11 @@ from pydantic import BaseModel, SecretStr
 
 # What a URL says of its user, with a password; and where libpq takes one in a query.
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&](?:ssl)?password=[^&\s]", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(?:\w+_)?(?:api_?key|access_?key|secret_?key|secret|password|passwd|credentials?)"
+    r"|(?:\w+_)?(?:api|access|auth|bearer|hf|hub|secret|session)_?token|token|key|key_b"
+)
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
 def secret_fields(model: type[BaseModel]) -> frozenset[str]:
@@ -46,6 +51,16 @@ def has_password(text: str) -> bool:
     return _PASSWORD.search(text) is not None
 
 
+def is_secret_name(name: str) -> bool:
+    """Whether what has this name, in some other program, is a secret."""
+    return _SECRET.fullmatch(name.replace("-", "_").lower()) is not None
+
+
+def _is_secret_variable(name: str) -> bool:
+    """As HF_TOKEN. Settings of ours are in small letters."""
+    return _VARIABLE.fullmatch(name) is not None and name.endswith(("KEY", "TOKEN", "SECRET", "PASSWORD"))
+
+
 def _among(name: str, annotation: Any, value: Any) -> Iterator[tuple[str, str]]:
     if SecretStr in _parts(annotation):
         if value is not None:
@@ -57,6 +72,8 @@ def _among(name: str, annotation: Any, value: Any) -> Iterator[tuple[str, str]]:
             yield name, "has a password"
     elif isinstance(value, Mapping):
         for key, item in value.items():
+            if _is_secret_variable(key) and item:
+                yield f"{name}.{key}", "is a secret"
             yield from _among(f"{name}.{key}", _below(annotation, key), item)
     elif isinstance(value, list | tuple):
         for item in value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -203,13 +204,30 @@ def test_gpus_are_reserved_and_the_model_must_be_named() -> None:
     assert nameless.returncode != 0 and "MODEL is the model to train" in nameless.stderr
 
 
-def test_only_the_memory_service_reaches_the_database() -> None:
-    read = configuration("compose.yaml", "compose.postgres.yaml", "compose.env.yaml")
-    assert read["networks"]["database"]["internal"]
-    reached = {name for name, service in read["services"].items() if "database" in (service.get("networks") or {})}
-    assert reached == {"memory", "postgres"} and not read["services"]["postgres"].get("ports")
-    assert "postgres" in read["services"]["memory"]["build"]["args"]["EXTRAS"]
-    assert read["services"]["postgres"]["volumes"][0]["source"] == "postgres"
+@pytest.mark.parametrize("others", [(), FILES[1:3] + FILES[4:]], ids=["alone", "with the others"])
+def test_only_the_memory_service_reaches_the_database(others: Sequence[str]) -> None:
+    """It listens on no network, and nobody else mounts the folder of its socket. So it needs no password."""
+    services = configuration("compose.yaml", "compose.postgres.yaml", *others)["services"]
+    memory, postgres = services["memory"], services["postgres"]
+    assert postgres["network_mode"] == "none" and not postgres.get("ports") and not postgres.get("networks")
+    assert "listen_addresses=" in postgres["command"] and "postgres" in memory["build"]["args"]["EXTRAS"]
+    assert "trust" not in postgres["environment"].values()
+    mounts = {
+        name: {volume.get("source"): volume for volume in service.get("volumes", [])}
+        for name, service in services.items()
+    }
+    for volume, mounting in (("postgres-socket", {"memory", "postgres"}), ("postgres", {"postgres"})):
+        assert {name for name in mounts if volume in mounts[name]} == mounting
+    assert mounts["memory"]["postgres-socket"]["read_only"]
+    folder = mounts["memory"]["postgres-socket"]["target"]
+    assert memory["environment"]["MULLIGAN_MEMORY_DATABASE"].endswith(f"@/mulligan?host={folder}")
+    assert memory["depends_on"]["postgres"]["condition"] == "service_healthy"
+
+
+def test_the_database_has_no_privileges() -> None:
+    postgres = configuration("compose.yaml", "compose.postgres.yaml")["services"]["postgres"]
+    assert postgres["read_only"] and postgres["cap_drop"] == ["ALL"] and not postgres.get("cap_add")
+    assert postgres["user"] == "postgres" and postgres["security_opt"] == ["no-new-privileges"]
 
 
 @pytest.mark.parametrize("index", ["", "https://mirror.example.org/whl/cpu"])

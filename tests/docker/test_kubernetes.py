@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
 
+from mulligan.common.access import AccessRole
 from mulligan.common.certificates import default_names
 from mulligan.common.config import ServiceSettings
 from mulligan.env.config import EnvSettings
@@ -219,3 +222,36 @@ def test_kustomize_renders_them() -> None:
         assert manifest["metadata"]["labels"]["app.kubernetes.io/part-of"] == "mulligan"
     images = {word for word in rendered.split() if word.startswith("mulligan/")}
     assert images == {f"mulligan/{name}:latest" for name in SETTINGS}
+
+
+def commands_of_tokens(text: str) -> list[str]:
+    """From the folder that they make to its end, without comments."""
+    lines = [line.partition(" # ")[0].rstrip().removeprefix("#   ") for line in text.splitlines()]
+    start = next(index for index, line in enumerate(lines) if re.match(r"folder=\$\(mktemp -d\)", line))
+    return lines[start : lines.index('rm -r "$folder"') + 1]
+
+
+KUBECTL = """#!/bin/sh
+echo "$*" >> "$SEEN/flags"
+folder=$(echo "$*" | sed 's/.*--from-file=//')
+cp -rp "$folder" "$SEEN/$4"
+"""
+
+
+def test_tokens_are_made_in_private_files_and_in_no_flag(tmp_path: Path) -> None:
+    """Others see flags. The documented commands, with a kubectl that keeps what it is given."""
+    commands = commands_of_tokens(DOCS)
+    assert commands == commands_of_tokens((FOLDER / "kustomization.yaml").read_text())
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(KUBECTL)
+    kubectl.chmod(0o700)
+    (tmp_path / "tmp").mkdir()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(tmp_path), "TMPDIR": str(tmp_path / "tmp")}
+    subprocess.run(["sh", "-euc", "umask 022\n" + "\n".join(commands)], env=environment, check=True)
+    files = [tmp_path / name / role for name in ("mulligan", "mulligan-env") for role in AccessRole]
+    tokens = {file.read_text().strip() for file in files}
+    assert len(tokens) == len(files) == 8 and min(map(len, tokens)) == 64
+    assert all(file.stat().st_mode & 0o077 == 0 and file.parent.stat().st_mode & 0o077 == 0 for file in files)
+    flags = (tmp_path / "flags").read_text()
+    assert flags.count("create secret generic") == 2 and not [token for token in tokens if token in flags]
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -54,9 +54,9 @@ SERVICERS: Mapping[str, Sequence[tuple[Any, str]]] = {
     "memory": [(memory_service_pb2_grpc, "MemoryService")],
     "trainer": [(run_service_pb2_grpc, "RunService"), (learner_service_pb2_grpc, "LearnerService")],
 }
-# What else listens, by container and port: what it asks for, and which containers reach it at most.
+# What else listens, by container and port: what it asks for, and which containers reach it at most. On Linux users of
+# the machine reach it, too, also in internal networks.
 OTHERS: Mapping[tuple[str, int], tuple[str, set[str]]] = {
-    ("postgres", 5432): ("no password: its network has the memory alone", {"memory"}),
     ("sglang", 30000): ("its key", {"policy"}),
     ("prometheus", 9090): ("nothing: it has numbers", {*SETTINGS, "jaeger", "grafana"}),
     ("jaeger", 4317): ("nothing; it speaks TLS", {*SETTINGS, "prometheus", "grafana"}),
@@ -115,8 +115,11 @@ def files(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 
 def test_each_port_is_reached_by_whom_it_is_declared_for(files: tuple[str, ...]) -> None:
-    """And published to this machine alone. What asks for no token of ours is reached by need."""
+    """And published to this machine alone. What asks for no token of ours is reached by need. PostgreSQL asks for
+    nothing, and is in no network."""
     services = rendered(*files)["services"]
+    if "postgres" in services:
+        assert services["postgres"]["network_mode"] == "none" and not ports_of("postgres", services["postgres"])
     for name, service in services.items():
         ports = ports_of(name, service)
         for published in service.get("ports", []):
@@ -262,10 +265,11 @@ async def test_a_stranger_at_kubernetes_is_refused(
 
 
 def test_an_open_service_would_be_noticed(secrets: Path, patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without its folder of tokens it does not start; with `--insecure` the checks above fail."""
+    """Without its folder of tokens, or its certificate, it does not start; with `--insecure` the checks above fail."""
     pod = pod_of("memory")
-    variables = {name: value for name, value in pod.environment.items() if "TOKENS" not in name}
-    with pytest.raises(SystemExit):
-        settings_of(Container("memory", variables, []), secrets, patch, tmp_path)
+    for missing in ("_MEMORY_TLS_", "TOKENS"):
+        variables = {name: value for name, value in pod.environment.items() if missing not in name}
+        with pytest.raises(SystemExit):
+            settings_of(Container("memory", variables, []), secrets, patch, tmp_path)
     opened = settings_of(Container("memory", variables, ["--insecure"]), secrets, patch, tmp_path)
     assert opened.insecure and opened.tokens is None

@@ -6,7 +6,7 @@ interpreter that launches further ones; MULLIGAN_TEST_VLLM_PYTHON is the interpr
 a folder with SmolLM2-135M-Instruct; without it, the one that `mulligan models fetch smollm2-135m` filled.
 
 Continuous integration sets MULLIGAN_TEST_NAME_REQUIRED once it has installed or started what is named: SGLANG, DOCKER,
-STRACE, CHROMIUM, LM, POSTGRES. The same for vLLM is MULLIGAN_TEST_VLLM_REQUIRED.
+STRACE, CHROMIUM, LM, POSTGRES, POSTGRES_IMAGE (on the Docker engine). The same for vLLM is MULLIGAN_TEST_VLLM_REQUIRED.
 """
 
 from __future__ import annotations

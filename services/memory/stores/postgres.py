@@ -166,7 +166,10 @@ def _ask_idle_connections(engine: sa.Engine) -> None:
 
 def _url(location: str) -> sa.URL:
     """Raises StoreError, which does not quote the location: it may have a password."""
-    expected = StoreError("database: expected postgres:postgresql://USER@HOST:PORT/DATABASE")
+    expected = StoreError(
+        "database: expected postgres:postgresql://USER@HOST:PORT/DATABASE, or for a Unix socket "
+        "postgres:postgresql://USER@/DATABASE?host=FOLDER"
+    )
     try:
         url = sa.make_url(location)
     except (sa.exc.ArgumentError, ValueError):

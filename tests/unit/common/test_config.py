@@ -17,6 +17,7 @@ from mulligan.env.config import EnvSettings
 from mulligan.memory.config import MemorySettings
 from mulligan.memory.store import StoreError
 from mulligan.policy.backends.openai import Settings as OpenAISettings
+from mulligan.policy.backends.vllm import Settings as VllmSettings
 from mulligan.policy.config import PolicySettings
 from mulligan.trainer.config import TrainerSettings
 from tests.support.paths import IMPORT_ROOTS
@@ -116,7 +117,14 @@ def test_a_service_that_others_reach_asks_for_credentials(
         with pytest.raises(SystemExit):
             settings.load(["--host", host])
         assert f"host {host}: others could reach it, and make every call" in capsys.readouterr().err
-        assert settings.load(["--host", host, "--tokens-folder", str(folder)]).tokens is not None
+        with_tokens = ["--host", host, "--tokens-folder", str(folder)]
+        with pytest.raises(SystemExit):
+            settings.load(with_tokens)
+        said = capsys.readouterr().err
+        assert f"host {host}: others could read the tokens of calls on their way" in said
+        assert "set tls_certificate and tls_key, or allow it with --insecure" in said
+        for protected in (["--tls-certificate", "tls.crt", "--tls-key", "tls.key"], ["--insecure"]):
+            assert settings.load([*with_tokens, *protected]).tokens is not None
         assert settings.load(["--host", host, "--insecure"]).tokens is None
     for host in ("localhost", "127.0.0.1", "127.0.0.2", "::1", "[::1]"):
         assert settings.load(["--host", host]).tokens is None
@@ -126,7 +134,8 @@ def test_a_service_that_others_reach_asks_for_credentials(
 def test_a_service_that_others_reach_warns_where_no_run_has_a_credential(
     settings: type[ServiceSettings], tmp_path: Path
 ) -> None:
-    beyond = ["--host", "0.0.0.0", "--tokens-folder", str(write_tokens(tmp_path))]
+    beyond = ["--host", "0.0.0.0", "--tls-certificate", "tls.crt", "--tls-key", "tls.key"]
+    beyond += ["--tokens-folder", str(write_tokens(tmp_path))]
     (warning,) = settings.load(beyond).warnings
     assert warning.startswith("run_keys is not set: ")
     assert settings.load([*beyond, "--run-keys", str(write_keys(tmp_path)[0])]).warnings == []
@@ -342,6 +351,32 @@ def test_a_secret_is_no_flag(flags: list[str], name: str, capsys: pytest.Capture
     variable = f"MULLIGAN_POLICY_{name.upper().replace('.', '__')}"
     assert f"{name}: is a secret, and other users see flags: expected the variable {variable}" in said
     assert f", or {name} in the file of --config, or {name}_file" in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--vllm.environment", '{"VLLM_API_KEY": "SECRET"}'],
+        ["--vllm.environment", "VLLM_API_KEY=SECRET"],
+        ["--policies", '{"judge": {"vllm": {"environment": {"VLLM_API_KEY": "SECRET"}}}}'],
+    ],
+)
+def test_a_variable_of_an_engine_that_has_a_secret_is_no_flag(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No variable of ours can say it: their names lose the difference of small and large letters."""
+    with pytest.raises(SystemExit):
+        PolicySettings.load(flags)
+    said = capsys.readouterr().err
+    assert "vllm.environment.VLLM_API_KEY: is a secret, and other users see flags: expected " in said
+    assert "vllm.environment.VLLM_API_KEY in the file of --config" in said
+    assert "SECRET" not in said and "variable" not in said
+
+
+def test_other_variables_of_an_engine_may_be_flags() -> None:
+    variables = '{"OMP_NUM_THREADS": "1", "HF_TOKEN_PATH": "/f"}'
+    settings = PolicySettings.load(["--backend", "vllm", "--model", "x", "--vllm.environment", variables])
+    assert settings.own_as(VllmSettings).environment["HF_TOKEN_PATH"] == "/f"
 
 
 def test_each_secret_can_be_in_a_file_and_no_help_has_it_as_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,14 @@ every `EngineServer` load the `TargetWeights` that `Folders` has put on disk.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 
 from mulligan.policy.backend import HttpSettings
+from mulligan.policy.backends._servers.flags import check_flags
 from mulligan.policy.key_file import KeyFile, read_key
 
 
@@ -24,6 +26,12 @@ class ServerSettings(HttpSettings):
         {"python", "flags", "environment", "api_key_file", "folder", "folder_in_engine"}
     )
     exclusive: ClassVar = frozenset({"servers"})
+    # Flags of the engine that have a secret, and what to do in their place.
+    secret_flags: ClassVar[Mapping[str, str]] = {
+        "--api-key": "set api_key_file",
+        "--hf-token": "set the variable HF_TOKEN_PATH of this service to a file with it",
+        "--ssl-keyfile-password": "give --ssl-keyfile a key without a password",
+    }
 
     servers: tuple[str, ...] = Field((), description="Addresses of running servers, such as http://127.0.0.1:30000.")
     launch: int = Field(1, ge=1, le=64, description="How many servers to launch where `servers` is empty.")
@@ -42,6 +50,12 @@ class ServerSettings(HttpSettings):
     request_seconds: float = Field(600.0, gt=0, description="How long a server may take for one request.")
     wait_seconds: float = Field(10.0, ge=0, description="How long a request waits for a server when none serves.")
     probe_seconds: float = Field(1.0, gt=0, description="How often a server is asked whether it lives.")
+
+    @field_validator("flags")
+    @classmethod
+    def _have_no_secret(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
+        check_flags(flags, cls.secret_flags)
+        return flags
 
     @property
     def key(self) -> SecretStr | None:

@@ -15,6 +15,10 @@ class Settings(ServerSettings):
     """vLLM servers: those that run at `servers`, or else ones that this service launches and supervises."""
 
     credentials: ClassVar = {"servers": frozenset({"api_key", "api_key_file"})}
+    secret_flags: ClassVar = {
+        **ServerSettings.secret_flags,
+        "--api-key": "set the variable VLLM_API_KEY of this service, and vllm.api_key_file",
+    }
 
 
 async def open(settings: ModelSettings, folder: Path, first_version: int) -> Backend:
