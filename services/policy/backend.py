@@ -129,12 +129,16 @@ class ModelInfo:
     features: frozenset[Feature]
     adapters: tuple[str, ...] = ()  # fixed LoRA adapters by name
     lora: LoraLimits = LoraLimits()
+    # Samples that run or wait at a time: more are refused with QUEUE_FULL before the engine is asked. 0: `max_queue` of
+    # the settings, and those of one call.
+    capacity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A request for one sample, already validated: the prompt is not empty, its ids are in the vocabulary, it is
-    shorter than the context, and every option is among the backend's features.
+    shorter than the context, and every option is among the backend's features. A regular expression and a JSON schema
+    are checked by the backend itself, beside the event loop: INVALID_FIELD.
 
     `token_ids` is the prompt; without Feature.TOKEN_IDS it is empty, and `messages` and `tools` are the prompt.
     """

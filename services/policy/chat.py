@@ -70,6 +70,7 @@ class Template(Protocol):
 
 class Encoder(Protocol):
     controls: ControlTokens
+    longest_token: int  # in bytes
 
     def encode(self, text: str, /) -> list[int]:
         """Token ids; control tokens are recognised and none is added."""
@@ -102,17 +103,23 @@ class Chat:
         self.rewrites_history = template is not None and not self._keeps_history()
         self._cache: SizedCache[array[int]] = SizedCache(_CACHE_BYTES)
 
+    @property
+    def longest_token(self) -> int:
+        """Bytes of the longest token of the vocabulary."""
+        return self._encoder.longest_token
+
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = (), longest: int = 0) -> tuple[int, ...]:
         """A conversation with a header for the assistant's turn. What has more than `longest` tokens will be refused,
-        and is not cached; 0: anything may be.
+        and is not cached; 0: anything may be. Raises MoreTokens where it is much longer, also if one text of it is.
 
         Raises DomainError TEMPLATE_ERROR, EMPTY_PROMPT, UNSUPPORTED_OPTION, INVALID_FIELD.
         """
         given = tuple(messages), tuple(tools)
-        return self._cached((*given, None), longest, lambda: self._render_uncached(*given))
+        return self._cached((*given, None), longest, lambda: self._render_uncached(*given, longest))
 
     def extend(self, continuation: Continuation, longest: int = 0) -> tuple[int, ...]:
-        """The ids to append to `continuation.token_ids`. `longest` is that of all of them together, as in `render`.
+        """The ids to append to `continuation.token_ids`. `longest` is that of all of them together, as in `render`, and
+        MoreTokens counts those to append.
 
         Raises DomainError TEMPLATE_REWRITES_HISTORY, TEMPLATE_ERROR, EMPTY_PROMPT, UNSUPPORTED_OPTION, INVALID_FIELD.
         """
@@ -123,7 +130,7 @@ class Chat:
         messages = continuation.messages
         closed = continuation.turn_closed
         room = max(longest - len(continuation.token_ids), 1) if longest else 0
-        return self._cached((messages, (), closed), room, lambda: self._extend_uncached(messages, closed))
+        return self._cached((messages, (), closed), room, lambda: self._extend_uncached(messages, closed, room))
 
     def _cached(
         self,
@@ -140,22 +147,22 @@ class Chat:
             self._cache.put(key, packed, _bytes_of(key[0], key[1]) + sys.getsizeof(packed))
         return ids
 
-    def _render_uncached(self, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> tuple[int, ...]:
+    def _render_uncached(self, messages: tuple[Message, ...], tools: tuple[Tool, ...], longest: int) -> tuple[int, ...]:
         if not messages:
             raise DomainError(Reason.EMPTY_PROMPT, "messages: at least one is needed")
         if tools:
             self._need_tools("tools")
         checked = self._merged(messages, self._checked("messages", messages))
         shown = [function(f"tools[{index}]", tool) for index, tool in enumerate(tools)]
-        literals = Literals(self._encoder.encode, self._encoder.controls)
+        literals = Literals(self._encoder.encode, self._encoder.controls, longest)
         literals.hide(checked, shown)
         return tuple(literals.encode(self._apply(checked, shown, add_generation_prompt=True)))
 
-    def _extend_uncached(self, messages: tuple[Message, ...], turn_closed: bool) -> tuple[int, ...]:
+    def _extend_uncached(self, messages: tuple[Message, ...], turn_closed: bool, longest: int) -> tuple[int, ...]:
         if not messages:
             raise DomainError(Reason.EMPTY_PROMPT, "continuation.messages: at least one is needed")
         checked = self._checked("continuation.messages", messages)
-        literals = Literals(self._encoder.encode, self._encoder.controls)
+        literals = Literals(self._encoder.encode, self._encoder.controls, longest)
         literals.hide(checked, [])
         appended, other = (self._after(probe, messages, checked) for probe in _PROBES)
         if appended != other:

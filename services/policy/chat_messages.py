@@ -7,11 +7,36 @@ or as its JSON text.
 from __future__ import annotations
 
 import json
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
 from mulligan.common.errors import invalid_field
 from mulligan.common.inference import Message, Role, Tool, ToolCall
+
+
+class OpenCalls:
+    """Calls of tools that have no answer yet. As quick with many of them as with few."""
+
+    def __init__(self) -> None:
+        self._open: set[str] = set()
+        self._all: deque[str] = deque()
+        self._named: defaultdict[str, deque[str]] = defaultdict(deque)
+
+    def add(self, name: str, identifier: str) -> None:
+        self._open.add(identifier)
+        self._all.append(identifier)
+        self._named[name].append(identifier)
+
+    def answer(self, name: str | None = None) -> str | None:
+        """The id of the first open call, of this name if there is one, which is open no longer. None: there is none."""
+        waiting = self._all if name is None else self._named.get(name)
+        while waiting:
+            identifier = waiting.popleft()
+            if identifier in self._open:
+                self._open.remove(identifier)
+                return identifier
+        return None
 
 
 def dictionaries(field: str, messages: Sequence[Message], *, text_arguments: bool = False) -> list[dict[str, Any]]:
@@ -21,20 +46,16 @@ def dictionaries(field: str, messages: Sequence[Message], *, text_arguments: boo
     no answer yet, else the first. Ids are nine letters and digits, as Mistral's templates want them.
     """
     calls = 0
-    open_calls: list[tuple[str, str]] = []  # id and name
+    open_calls = OpenCalls()
     shown = []
     for index, message in enumerate(messages):
         one = _dictionary(f"{field}[{index}]", message, text_arguments)
         for call in one.get("tool_calls", ()):
             call["id"] = _call_id(calls)
-            open_calls.append((call["id"], call["function"]["name"]))
+            open_calls.add(call["function"]["name"], call["id"])
             calls += 1
         if message.role is Role.TOOL:
-            named = [call for call in open_calls if call[1] == message.name]
-            answered = next(iter(named or open_calls), None)
-            if answered is not None:
-                open_calls.remove(answered)
-            one["tool_call_id"] = answered[0] if answered is not None else _call_id(0)
+            one["tool_call_id"] = open_calls.answer(message.name) or open_calls.answer() or _call_id(0)
         shown.append(one)
     return shown
 

@@ -91,6 +91,8 @@ class Deployment:
         self.canary_tolerance = tolerance_of(service.canary_tolerance, backend.model.dtype)
         self.canary_difference: float | None = None  # largest in the last weight check; None if nothing was compared
         self.in_flight = 0  # calls inside `serving`
+        self._samples = 0  # that run or wait in the engine
+        self._most_samples = backend.model.capacity or settings.max_queue + preflight.MOST_SAMPLES
         # Kept by the policy: calls inside and before `serving`, when a session's last call ended, and the end.
         self.calls = 0
         self.last_asked = float("-inf")
@@ -154,6 +156,25 @@ class Deployment:
             self.in_flight -= 1
             if self.in_flight == 0:
                 self._changed.wake_all()
+
+    def refuse_full(self, count: int) -> None:
+        """Raises DomainError QUEUE_FULL if there is no room for so many samples: then nothing is made for them."""
+        if self._samples + count > self._most_samples:
+            message = f"{self._samples} of at most {self._most_samples} samples run or wait: no room for {count} more"
+            raise DomainError(Reason.QUEUE_FULL, message, retry_after=_RETRY_AFTER)
+
+    @asynccontextmanager
+    async def sampling(
+        self, count: int, min_policy_version: int | None = None, version_wait: float = 0.0
+    ) -> AsyncIterator[None]:
+        """As `serving`, around a call for so many samples. Raises DomainError QUEUE_FULL, too."""
+        async with self.serving(min_policy_version, version_wait):
+            self.refuse_full(count)
+            self._samples += count
+            try:
+                yield
+            finally:
+                self._samples -= count
 
     async def verified(self, spans: Sequence[VersionSpan]) -> bool:
         """Whether these versions passed their check; waits while one is being checked. False if one was refused, or not

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.policy.text_length import check_tokens_of
 
 Span = tuple[int, int]  # start and end in a text, in characters
 _MARKUP = re.compile(r"[<\[{(«◁｢].*[>\]})»▷｣]", re.DOTALL)
@@ -55,11 +56,16 @@ class ControlTokens:
         """Whether it is flagged as special."""
         return self._special.get(token_id, False)
 
+    def may_be_in(self, text: str) -> bool:
+        """If not, the text need not be tokenised to know that none is there."""
+        lower = text.lower()
+        # Normalisers turn characters that are not of ASCII into these.
+        return not text.isascii() or any(head in lower for head in self._heads)
+
     def spans(self, text: str, *, special: bool = False) -> list[Span]:
         """Of all control tokens, or of those that are flagged as special."""
-        lower = text.lower()
-        if text.isascii() and not any(head in lower for head in self._heads):
-            return []  # normalisers turn other characters into these
+        if not self.may_be_in(text):
+            return []
         ids, spans = self._tokenize(text)
         return [
             span
@@ -84,13 +90,18 @@ class ControlTokens:
 
 
 class Literals:
-    """The literals of one conversation: `hide` replaces them in its messages, `encode` puts them back as plain text."""
+    """The literals of one conversation: `hide` replaces them in its messages, `encode` puts them back as plain text.
+    Both raise MoreTokens."""
 
-    def __init__(self, encode: Callable[[str], list[int]], controls: ControlTokens):
+    def __init__(self, encode: Callable[[str], list[int]], controls: ControlTokens, longest: int = 0):
+        """A text that has many more than `longest` tokens raises MoreTokens; 0: it may have any number."""
         self._encode = encode
         self._controls = controls
+        self._longest = longest
         self._hidden: dict[str, str] = {}  # by the character that stands for it
+        self._stand_ins: dict[str, str] = {}  # the other way round
         self._used: set[str] = set()
+        self._private = map(chr, _PRIVATE)
 
     def hide(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
         """In place. Marks of thoughts and calls in the assistant's own messages stay: the model samples them so."""
@@ -105,7 +116,11 @@ class Literals:
                 tree[key] = self._masked(value, own, found)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text that the template made of the messages."""
+        """Token ids of the text that the template made of the messages. Raises MoreTokens."""
+        check_tokens_of(self._encode_all, text, self._longest)
+        return self._encode_all(text)
+
+    def _encode_all(self, text: str) -> list[int]:
         ids: list[int] = []
         begin = 0
         for index, character in enumerate(text) if self._hidden else ():
@@ -116,6 +131,8 @@ class Literals:
 
     def _spans(self, text: str, own: bool) -> list[Span]:
         """In order; those that overlap are one."""
+        if self._controls.may_be_in(text):
+            check_tokens_of(self._encode, text, self._longest)
         merged: list[Span] = []
         for span in sorted(self._controls.spans(text, special=own) + self._controls.edges(text)):
             if merged and span[0] < merged[-1][1]:
@@ -139,14 +156,14 @@ class Literals:
         return "".join([*parts, value[begin:]])
 
     def _stand_in(self, literal: str) -> str:
-        for character, hidden in self._hidden.items():
-            if hidden == literal:
-                return character
-        free = next((chr(code) for code in _PRIVATE if chr(code) not in self._used), None)
+        known = self._stand_ins.get(literal)
+        if known is not None:
+            return known
+        free = next((character for character in self._private if character not in self._used), None)
         if free is None:
             raise DomainError(Reason.TEMPLATE_ERROR, "messages: they hold every private-use character of Unicode")
         self._hidden[free] = literal
-        self._used.add(free)
+        self._stand_ins[literal] = free
         return free
 
     def _plain(self, text: str) -> list[int]:

@@ -44,7 +44,6 @@ from mulligan.common.inference import (
     PolicyVersion,
     Prompt,
     SamplingParams,
-    Tool,
     VersionSpan,
 )
 from mulligan.common.tasks import cancel, gather_or_cancel
@@ -55,6 +54,7 @@ from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend
 from mulligan.policy.model_settings import ModelSettings
+from mulligan.policy.prompts import beside, check_size, generated_ids, size_of, tokenized_ids
 from mulligan.policy.streams import TextStream, merged, unsettling_token
 from mulligan.policy.uploads import UploadHeader, Uploads
 from mulligan.policy.version_table import DamagedTable
@@ -62,8 +62,7 @@ from mulligan.policy.versions import VersionStore, source_of
 
 log = structlog.get_logger()
 T = TypeVar("T")
-# Longer texts are rendered and encoded in a thread, so that other calls do not wait for them.
-_LONG_TEXT = 20_000
+_MANY_TOKENS = 2**17  # of a Score: more are checked in a thread
 _MOST_SESSIONS = 65_536  # those that asked longest ago are forgotten, and begin anew when they ask again
 _LOOK_SECONDS = 0.05
 _PLAIN = CallOptions()
@@ -161,8 +160,8 @@ class Policy:
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:
         with self._use(options.session_id) as deployment:
-            ask, added = await _ask(deployment.backend, prompt, sampling, options)
-            async with deployment.serving(options.min_policy_version, options.version_wait):
+            ask, added = await _ask(deployment, prompt, sampling, options)
+            async with deployment.sampling(1, options.min_policy_version, options.version_wait):
                 sampled = await _sample(deployment, ask, options)
                 return _completion(deployment.backend, prompt, added, sampled)
 
@@ -174,8 +173,8 @@ class Policy:
             return (await self.generate(prompt, sampling, options),)
         preflight.check_samples(n, sampling)
         with self._use(options.session_id) as deployment:
-            ask, added = await _ask(deployment.backend, prompt, sampling, options)
-            async with deployment.serving(options.min_policy_version, options.version_wait):
+            ask, added = await _ask(deployment, prompt, sampling, options, n)
+            async with deployment.sampling(n, options.min_policy_version, options.version_wait):
                 sampled = await gather_or_cancel(_sample(deployment, each, options) for each in _asks(ask, n))
                 return tuple(_completion(deployment.backend, prompt, added, each) for each in sampled)
 
@@ -186,8 +185,8 @@ class Policy:
         preflight.check_samples(n, sampling)
         with self._use(options.session_id) as deployment:
             preflight.check_stream(deployment.backend.model)
-            ask, added = await _ask(deployment.backend, prompt, sampling, options)
-            async with deployment.serving(options.min_policy_version, options.version_wait):
+            ask, added = await _ask(deployment, prompt, sampling, options, n)
+            async with deployment.sampling(n, options.min_policy_version, options.version_wait):
                 text = _text_streams(deployment.backend, prompt)
                 streams = [_parts(deployment, each, index, text) for index, each in enumerate(_asks(ask, n))]
                 async with aclosing(streams[0] if n == 1 else merged(streams)) as parts:
@@ -200,7 +199,8 @@ class Policy:
         self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, options: CallOptions = _PLAIN
     ) -> Scored:
         with self._use() as deployment:
-            preflight.check_score(sequences, temperature, options.adapter, deployment.backend.model)
+            check = partial(preflight.check_score, sequences, temperature, options.adapter, deployment.backend.model)
+            await beside(check) if sum(map(len, sequences)) > _MANY_TOKENS else check()
             async with deployment.serving(options.min_policy_version, options.version_wait):
                 while True:
                     scored = await deployment.backend.score(sequences, temperature, options.adapter)
@@ -212,12 +212,16 @@ class Policy:
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = _PLAIN) -> tuple[int, ...]:
         """What `generate` would report as prompt_token_ids. A string is encoded without the chat template."""
         with self._use(options.session_id) as deployment:
-            backend = deployment.backend
-            preflight.check_tokenize(prompt, options, backend.model)
-            if not isinstance(prompt, str):
-                return await _added_ids(backend, prompt, options.tools)
-            encode = backend.encode
-            return tuple(await asyncio.to_thread(encode, prompt) if len(prompt) > _LONG_TEXT else encode(prompt))
+            preflight.check_tokenize(prompt, options, deployment.backend.model)
+            return await tokenized_ids(deployment.backend, prompt, options.tools)
+
+    def check_count(self, field: str, count: int, session_id: str = "", *, sampled: bool = True) -> None:
+        """Raises DomainError PROMPT_TOO_LONG if token ids cannot fit, before anything is made of them. `sampled`: there
+        must be room for a further one."""
+        found = self._sessions.get(session_id)
+        model = (self.newest if found is None or found.closed else found).backend.model
+        if Feature.TOKEN_IDS in model.features:
+            preflight.check_count(field, count, model, model.context_length - sampled)
 
     # Changes
 
@@ -346,21 +350,25 @@ class Policy:
 
 
 async def _ask(
-    backend: Backend, prompt: Prompt, sampling: SamplingParams, options: CallOptions
+    deployment: Deployment, prompt: Prompt, sampling: SamplingParams, options: CallOptions, count: int = 1
 ) -> tuple[Ask, tuple[int, ...]]:
-    """The request to the engine, checked, and the token ids of its prompt that the caller does not have yet."""
+    """The request to the engine for `count` samples, checked, and the token ids of its prompt that the caller does not
+    have yet."""
+    backend = deployment.backend
     model = backend.model
     preflight.check_sampling(sampling, model)
     preflight.check_options(options, model)
     preflight.check_prompt(prompt, options, model)
+    deployment.refuse_full(count)  # before anything is rendered for it
     token_ids: list[int] = []
     messages: tuple[Message, ...] = ()
     added: tuple[int, ...] = ()
     if Feature.TOKEN_IDS not in model.features:
         assert isinstance(prompt, tuple)
         messages = prompt
+        check_size("prompt", backend, size_of(prompt, options.tools), max(model.context_length - 1, 0))
     else:
-        added = await _added_ids(backend, prompt, options.tools)
+        added = await generated_ids(backend, prompt, options.tools)
         held = prompt if isinstance(prompt, list) else prompt.token_ids if isinstance(prompt, Continuation) else ()
         token_ids = [*held, *added]
         preflight.check_tokens("prompt", token_ids, model, model.context_length - 1)
@@ -375,23 +383,6 @@ async def _ask(
         options.request_id,
     )
     return ask, added
-
-
-async def _added_ids(backend: Backend, prompt: Prompt, tools: tuple[Tool, ...]) -> tuple[int, ...]:
-    """The token ids that this service adds to those of the caller."""
-    chat = backend.chat
-    if isinstance(prompt, list):
-        return ()
-    assert chat is not None
-    messages = prompt.messages if isinstance(prompt, Continuation) else prompt
-    longest = backend.model.context_length
-    work = (
-        partial(chat.extend, prompt, longest)
-        if isinstance(prompt, Continuation)
-        else partial(chat.render, prompt, tools, longest)
-    )
-    long = sum(len(message.content) for message in messages) > _LONG_TEXT
-    return await asyncio.to_thread(work) if long else work()
 
 
 def _asks(ask: Ask, count: int) -> list[Ask]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -40,8 +39,7 @@ def check_sampling(sampling: SamplingParams, model: ModelInfo) -> None:
         _need(model, Feature.STOP_TOKEN_IDS, "sampling.stop_token_ids")
         _check_vocabulary("sampling.stop_token_ids", sampling.stop_token_ids, model.vocabulary_size)
     if sampling.regex is not None:
-        _need(model, Feature.REGEX, "sampling.regex")
-        _check_regex(sampling.regex)
+        _need(model, Feature.REGEX, "sampling.regex")  # what it must be, the engine knows: compiling it takes long
     if sampling.json_schema is not None:
         if sampling.regex is not None:
             raise invalid_field("sampling.json_schema", "nothing beside a regex")
@@ -70,7 +68,7 @@ def check_adapter(adapter: str, model: ModelInfo) -> None:
 
 def check_prompt(prompt: Prompt | str, options: CallOptions, model: ModelInfo) -> None:
     """That the engine takes this kind of prompt, and that it is not empty."""
-    field = _field(prompt)
+    field = field_of(prompt)
     if field != "messages":
         _need(model, Feature.TOKEN_IDS, field)
     if options.tools:
@@ -87,7 +85,7 @@ def check_prompt(prompt: Prompt | str, options: CallOptions, model: ModelInfo) -
 
 
 def check_tokenize(prompt: Prompt | str, options: CallOptions, model: ModelInfo) -> None:
-    _need(model, Feature.TOKEN_IDS, _field(prompt))
+    _need(model, Feature.TOKEN_IDS, field_of(prompt))
     check_prompt(prompt, options, model)
 
 
@@ -161,15 +159,28 @@ def check_tokens(field: str, token_ids: Sequence[int], model: ModelInfo, longest
     """`longest` is not used where the model's context length is not known."""
     if len(token_ids) == 0:
         raise _empty(field, "token")
-    if model.context_length and len(token_ids) > longest:
-        raise DomainError(
-            Reason.PROMPT_TOO_LONG,
-            f"{field}: {len(token_ids)} tokens; the context leaves room for {longest}",
-            field=field,
-            token_count=len(token_ids),
-            context_length=model.context_length,
-        )
+    check_count(field, len(token_ids), model, longest)
     _check_vocabulary(field, token_ids, model.vocabulary_size)
+
+
+def check_count(field: str, count: int, model: ModelInfo, longest: int) -> None:
+    """As `check_tokens`, where the number of tokens is known and the tokens need not be."""
+    if model.context_length and count > longest:
+        raise too_long(field, count, model, longest)
+
+
+def too_long(
+    field: str, count: int, model: ModelInfo, longest: int, *, at_least: bool = False, tokenize: bool = False
+) -> DomainError:
+    """`at_least`: nobody counted further. `tokenize`: for the answer of Tokenize, which is longer than a prompt."""
+    room = f"Tokenize answers {longest} at most" if tokenize else f"the context leaves room for {longest}"
+    return DomainError(
+        Reason.PROMPT_TOO_LONG,
+        f"{field}: {'at least ' if at_least else ''}{count} tokens; {room}",
+        field=field,
+        token_count=count,
+        context_length=model.context_length,
+    )
 
 
 def check_temperature(field: str, value: float) -> None:
@@ -201,14 +212,6 @@ def _check_vocabulary(field: str, token_ids: Sequence[int], size: int) -> None:
         )
 
 
-def _check_regex(pattern: str) -> None:
-    """By Python's dialect: engines have their own, but hardly any accepts what Python refuses."""
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise invalid_field("sampling.regex", f"a regular expression ({error})") from error
-
-
 def _check_schema(schema: str) -> None:
     try:
         value = json.loads(schema)
@@ -218,7 +221,7 @@ def _check_schema(schema: str) -> None:
         raise invalid_field("sampling.json_schema", "a JSON schema, which is an object")
 
 
-def _field(prompt: Prompt | str) -> str:
+def field_of(prompt: Prompt | str) -> str:
     """The name of this kind of prompt in the contract."""
     if isinstance(prompt, str):
         return "text"

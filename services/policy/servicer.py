@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.inference import CallOptions, PublishedWeights
+from mulligan.common.inference import CallOptions, Prompt, PublishedWeights
 from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
 from mulligan.common.request_log import RequestLog
 from mulligan.common.tasks import cancel
 from mulligan.common.tracing import span
 from mulligan.common.wire import tools_from_proto
 from mulligan.policy.policies import Policies
+from mulligan.policy.policy import Policy
 from mulligan.policy.uploads import UploadHeader
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
@@ -40,6 +41,8 @@ from mulligan.policy.wire import (
 
 SERVICE = "mulligan.policy.v1.PolicyService"
 ADMIN_SERVICE = "mulligan.policy.v1.PolicyAdminService"
+_BYTES_OF_A_ROUND = 20_000
+_TOKENS_OF_A_ROUND = 2**17
 
 
 def add_to_server(server: grpc.aio.Server, policies: Policies) -> list[str]:
@@ -61,9 +64,10 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         self._policies = policies
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        policy = self._policies.get(request.policy)
         return completions_to_proto(
-            await self._policies.get(request.policy).sample(
-                prompt_from_proto(request),
+            await policy.sample(
+                _prompt(policy, request),
                 sampling_from_proto(request.sampling),
                 request.n or 1,
                 options_from_proto(request),
@@ -74,10 +78,16 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         self, request: pb.GenerateManyRequest, context: Any
     ) -> AsyncIterator[pb.GenerateManyResponse]:
         finished: asyncio.Queue[asyncio.Task[pb.GenerateManyResponse.Item]] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._item(index, one)) for index, one in enumerate(request.requests)]
-        for task in tasks:
-            task.add_done_callback(finished.put_nowait)
+        tasks: list[asyncio.Task[pb.GenerateManyResponse.Item]] = []
+        begun = 0  # bytes of the requests that begin in one round of the event loop
         try:
+            for index, one in enumerate(request.requests):
+                tasks.append(asyncio.create_task(self._item(index, one)))
+                tasks[-1].add_done_callback(finished.put_nowait)
+                begun += one.ByteSize()
+                if begun > _BYTES_OF_A_ROUND:
+                    await asyncio.sleep(0)  # other calls are not to wait until all these prompts are rendered
+                    begun = 0
             left = len(tasks)
             while left:
                 items = [(await finished.get()).result()]
@@ -105,16 +115,20 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         self, request: pb.StreamGenerateRequest, context: Any
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         asked = request.request
-        stream = self._policies.get(asked.policy).stream(
-            prompt_from_proto(asked), sampling_from_proto(asked.sampling), asked.n or 1, options_from_proto(asked)
+        policy = self._policies.get(asked.policy)
+        stream = policy.stream(
+            _prompt(policy, asked), sampling_from_proto(asked.sampling), asked.n or 1, options_from_proto(asked)
         )
         async with aclosing(stream) as parts:
             async for part in parts:
                 yield part_to_proto(part)
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        scored = await self._policies.get(request.policy).score(
-            [list(sequence.ids) for sequence in request.sequences],
+        policy = self._policies.get(request.policy)
+        for index, sequence in enumerate(request.sequences):
+            policy.check_count(f"sequences[{index}]", len(sequence.ids), sampled=False)
+        scored = await policy.score(
+            await _rows(request.sequences),
             request.temperature if request.HasField("temperature") else 1.0,
             score_options_from_proto(request),
         )
@@ -200,6 +214,25 @@ class PolicyAdminServicer(admin_grpc.PolicyAdminServiceServicer):
     async def ResumeMemory(self, request: admin_pb.ResumeMemoryRequest, context: Any) -> admin_pb.ResumeMemoryResponse:
         await self._policies.resume_memory(request.policy)
         return admin_pb.ResumeMemoryResponse()
+
+
+def _prompt(policy: Policy, request: pb.GenerateRequest) -> Prompt:
+    """Token ids that cannot fit are refused before they become objects, which take ten times the memory."""
+    count = len(request.token_ids.ids) or len(request.continuation.token_ids)
+    policy.check_count("prompt", count, request.session_id)
+    return prompt_from_proto(request)
+
+
+async def _rows(sequences: Iterable[pb.TokenIds]) -> list[list[int]]:
+    rows = []
+    count = 0
+    for sequence in sequences:
+        rows.append(list(sequence.ids))
+        count += len(rows[-1])
+        if count > _TOKENS_OF_A_ROUND:
+            await asyncio.sleep(0)
+            count = 0
+    return rows
 
 
 async def _chunks(requests: AsyncIterator[admin_pb.UploadWeightsRequest]) -> AsyncIterator[bytes]:

@@ -143,6 +143,7 @@ class ScriptedBackend:
 
 class _NoEncoder:
     controls = ControlTokens([], lambda text: ([], []))
+    longest_token = 8
 
     def encode(self, text: str, /) -> list[int]:
         return []

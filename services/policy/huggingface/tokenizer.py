@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 from mulligan.common.model_files import UnsupportedModel, short
 from mulligan.policy.chat import Chat, NoTurnEnd, TemplateFailure, turn_end
 from mulligan.policy.literals import AddedToken, ControlTokens, Span
+
+_SHORT = 1_000  # characters: a few milliseconds at most
 
 
 class Tokenizer:
@@ -21,6 +23,7 @@ class Tokenizer:
         inner.backend_tokenizer.no_truncation()  # some files state one; a prompt that is too long is an error here
         inner.backend_tokenizer.no_padding()
         added = inner.added_tokens_decoder.items()
+        self.longest_token = max(len(token.encode("utf-8", "replace")) for token in inner.get_vocab())
         self.controls = ControlTokens([AddedToken(i, str(t.content), bool(t.special)) for i, t in added], self._spans)
 
     @classmethod
@@ -39,11 +42,19 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of the text. Control tokens in it are recognised; none is added."""
         # The inner tokenizer: transformers' wrapper takes five times as long, and is not made for several threads.
-        ids: list[int] = self.inner.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        inner = self.inner.backend_tokenizer
+        if len(text) <= _SHORT:
+            return cast("list[int]", inner.encode(text, add_special_tokens=False).ids)
+        # Of a batch, because it lets other threads run meanwhile; without offsets it takes less time and memory.
+        return cast("list[int]", inner.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def _spans(self, text: str) -> tuple[list[int], list[Span]]:
-        encoding = self.inner.backend_tokenizer.encode(text, add_special_tokens=False)
+        inner = self.inner.backend_tokenizer
+        encoding = (
+            inner.encode(text, add_special_tokens=False)
+            if len(text) <= _SHORT
+            else inner.encode_batch([text], add_special_tokens=False)[0]
+        )
         return encoding.ids, encoding.offsets
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:

@@ -139,9 +139,13 @@ class PolicyServiceServicer:
         INVALID_ARGUMENT EMPTY_PROMPT: metadata `field`; TOKEN_OUT_OF_VOCABULARY: metadata `field` and `index`;
         PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR;
         UNSUPPORTED_OPTION. NOT_FOUND UNKNOWN_ADAPTER: metadata `adapter`.
+        What is far too long is not counted to its end: it has at least `token_count` tokens. Such a prompt is also one of
+        more characters than a million and, for each token that there is room for, four times the bytes of the longest
+        token of the vocabulary; and one with a text that alone has more tokens than the context, whatever the template
+        shows of it.
         FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: the request is a
         continuation, and the model's chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a
-        RetryInfo.
+        RetryInfo: there is no room for all samples of the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,7 +182,9 @@ class PolicyServiceServicer:
 
     def Tokenize(self, request, context):
         """Turns messages into token ids as Generate would. Idempotent.
-        INVALID_ARGUMENT EMPTY_PROMPT, TEMPLATE_ERROR, UNSUPPORTED_OPTION. FAILED_PRECONDITION TEMPLATE_REWRITES_HISTORY.
+        INVALID_ARGUMENT EMPTY_PROMPT, TEMPLATE_ERROR, UNSUPPORTED_OPTION; PROMPT_TOO_LONG: the answer would have more token
+        ids than the policy's context_length, or than 65,536 where that is more, with metadata as in Generate.
+        FAILED_PRECONDITION TEMPLATE_REWRITES_HISTORY.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

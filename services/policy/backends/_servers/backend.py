@@ -34,6 +34,7 @@ from mulligan.policy.model_settings import ModelSettings
 _ATTEMPTS = 10  # at servers that fail one after the other
 _RETRY_SECONDS = 0.05
 _RETRY_AFTER = timedelta(seconds=1)
+_SCORED_AT_ONCE = 256  # sequences of one call
 _FAILURES = (Unreachable, BadAnswer, Aborted)
 
 
@@ -109,9 +110,13 @@ class ServersBackend(ABC):
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
         if not sequences:
             return Scored((), self.policy_version)
-        found = await gather_or_cancel(self._score(ids, temperature, adapter) for ids in sequences)
-        while len({version for version, _ in found}) > 1:  # the weights changed in between
-            found = await gather_or_cancel(self._score(ids, temperature, adapter) for ids in sequences)
+        self._enter()
+        try:
+            found = await self._score_all(sequences, temperature, adapter)
+            while len({version for version, _ in found}) > 1:  # the weights changed in between
+                found = await self._score_all(sequences, temperature, adapter)
+        finally:
+            self.in_flight -= 1
         return Scored(tuple(row for _, row in found), found[0][0])
 
     async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
@@ -181,6 +186,15 @@ class ServersBackend(ABC):
                 raise self._gave_up(problem)
             await asyncio.sleep(_RETRY_SECONDS * attempt)
         raise self._gave_up(problem)
+
+    async def _score_all(
+        self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str
+    ) -> list[tuple[int, tuple[float, ...]]]:
+        found = []
+        for begin in range(0, len(sequences), _SCORED_AT_ONCE):
+            some = sequences[begin : begin + _SCORED_AT_ONCE]
+            found += await gather_or_cancel(self._score(ids, temperature, adapter) for ids in some)
+        return found
 
     async def _score(self, ids: Sequence[int], temperature: float, adapter: str) -> tuple[int, tuple[float, ...]]:
         """Asks a server directly: the router does not pass on all fields that this needs."""

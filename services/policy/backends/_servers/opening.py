@@ -165,6 +165,7 @@ async def _describe(
         features=features,
         adapters=tuple(fixed),
         lora=_common_limits(servers) if Feature.LORA_WEIGHTS in features else LoraLimits(),
+        capacity=settings.max_queue,
     )
 
 

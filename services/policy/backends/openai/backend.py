@@ -257,6 +257,7 @@ class OpenAIBackend:
             dtype="",
             features=_FEATURES.difference(map(Feature, self._own.without)),
             adapters=tuple(self._settings.adapters),
+            capacity=self._own.concurrency + self._settings.max_queue,
         )
 
     @property

@@ -18,6 +18,7 @@ from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.foreign import kept
 from mulligan.common.inference import Message, Role, SamplingParams, StopReason, Tool, ToolCall
 from mulligan.policy.backend import Ask
+from mulligan.policy.chat_messages import OpenCalls
 
 
 class NotAnAnswer(Exception):
@@ -62,7 +63,7 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """OpenAI connects a tool's answer to its call by an id. Our messages have none: the n-th answer of a tool belongs
     to the n-th call of that tool."""
     shown: list[dict[str, Any]] = []
-    open_calls: list[tuple[str, str]] = []
+    open_calls = OpenCalls()
     made = 0
     for index, message in enumerate(messages):
         field = f"messages[{index}]"
@@ -77,16 +78,15 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             _object(f"{field}.tool_calls[{position}].arguments", call.arguments)
             identifier = f"call{made:05d}"  # nine letters and digits: Mistral's templates take no other
             made += 1
-            open_calls.append((call.name, identifier))
+            open_calls.add(call.name, identifier)
             function = {"name": call.name, "arguments": call.arguments}
             entry["tool_calls"].append({"id": identifier, "type": "function", "function": function})
         if message.role is Role.TOOL:
-            answered = next((call for call in open_calls if message.name in ("", call[0])), None)
+            answered = open_calls.answer(message.name or None)
             if answered is None:
                 what = f"no call of {message.name!r}" if message.name else "no call"
                 raise DomainError(Reason.TEMPLATE_ERROR, f"{field}: there is {what} before it to answer")
-            open_calls.remove(answered)
-            entry["tool_call_id"] = answered[1]
+            entry["tool_call_id"] = answered
         shown.append(entry)
     return shown
 

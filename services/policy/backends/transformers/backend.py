@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from mulligan.policy.model_settings import ModelSettings
 
 # Of the process when it starts: what an engine's thread is told changes what torch answers later.
 _CORES = torch.get_num_threads()
+# Compiles what constrains samples, which takes seconds where a caller wants it to: nobody else waits for these threads.
+_GRAMMARS = ThreadPoolExecutor(2, thread_name_prefix="policy-grammars")
 _FEATURES = frozenset(
     [
         Feature.TOKEN_IDS,
@@ -93,6 +97,7 @@ class TransformersBackend:
         self._tokenizer = self._model.tokenizer
         self._constraints = loaded.constraints
         self._chat = self._tokenizer.chat(loaded.end_of_turn)
+        max_batch = 1 if own.deterministic else min(own.max_batch, self._cache.slots)
         self._info = ModelInfo(
             model=settings.model_name,
             fingerprint=self._model.fingerprint,
@@ -103,6 +108,7 @@ class TransformersBackend:
             deterministic=own.deterministic,
             dtype=str(self._model.dtype).removeprefix("torch."),
             features=self._features(),
+            capacity=max_batch + settings.max_queue,
         )
         self._runner = Runner(
             self._model.forward,
@@ -117,7 +123,7 @@ class TransformersBackend:
         threads = 1 if own.deterministic else own.threads or max(1, _CORES // 2)
         self._engine = Engine(
             self._runner,
-            max_batch=1 if own.deterministic else min(own.max_batch, self._cache.slots),
+            max_batch=max_batch,
             max_queue=settings.max_queue,
             batch_wait=0 if own.deterministic else own.batch_wait_ms / 1000,
             prepare=lambda: torch.set_num_threads(threads),  # of the calling thread, where torch uses OpenMP
@@ -177,7 +183,9 @@ class TransformersBackend:
         seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
         if self._constraints is None or (sampling.regex is None and sampling.json_schema is None):
             return Request(ask.token_ids, sampling, seed)
-        return Request(ask.token_ids, sampling, seed, await asyncio.to_thread(self._constraints.of, sampling))
+        work = partial(self._constraints.of, sampling)
+        constraint = await asyncio.get_running_loop().run_in_executor(_GRAMMARS, work)
+        return Request(ask.token_ids, sampling, seed, constraint)
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
         """`adapter` is always empty: this backend has no fixed adapters."""
