@@ -37,6 +37,8 @@ __all__ = [
 ]
 
 MOST_ROLLOUTS = 131_072  # of all steps that are sampled at once
+_MOST_WRITERS = 64
+_MOST_MODULES = 4096  # more than the layers of any model
 _POLICY_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 
 
@@ -52,7 +54,7 @@ class LearnerKind(StrEnum):
 class LoraSettings(_Settings):
     rank: int = Field(ge=1, le=1024)
     alpha: float | None = Field(None, gt=0)
-    target_modules: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] = Field((), max_length=_MOST_MODULES)
 
 
 class TrainedModelSettings(_Settings):
@@ -239,7 +241,7 @@ class PoliciesSettings(_Settings):
 class TrackingSettings(_Settings):
     """Which metric writers are there is asked when a run starts: a run can be read where they are not installed."""
 
-    writers: tuple[str, ...] = ()
+    writers: tuple[str, ...] = Field((), max_length=_MOST_WRITERS)
     project: str = Field("mulligan", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
     @model_validator(mode="after")

@@ -362,6 +362,25 @@ def test_a_setting_in_its_field_and_among_the_others_is_refused(twice: dict[str,
         assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.INVALID_SETTING, field)
 
 
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"tracking": {"writers": [f"w{n}" for n in range(65)]}}, "tracking.writers"),
+        ({"model": {"lora": {"rank": 1, "target_modules": ["q_proj"] * 4_097}}}, "model.lora.target_modules"),
+        (
+            {"evaluation": {"protocols": [{"name": "turns", "label": f"t{n}"} for n in range(1_000)]}},
+            "evaluation.protocols",
+        ),
+        ({"algorithm": {"memory_mix": [{"strategy": 1, "limit": 1}] * 9}}, "algorithm.memory_mix"),
+    ],
+)
+def test_lists_of_settings_have_limits(config: dict[str, Any], field: str) -> None:
+    """Each item is compared with the others."""
+    with pytest.raises(DomainError, match="at most") as caught:
+        settings_from_proto(run_config_pb2.RunConfig(environment="e", **config))
+    assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.INVALID_SETTING, field)
+
+
 def test_a_learner_refuses_it_too() -> None:
     twice = learner_service_pb2.LossConfig(clip_low=0.1)
     twice.settings["clip_low"] = 0.1
