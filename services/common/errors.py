@@ -249,5 +249,11 @@ def incident(error: BaseException) -> str:
     return str(error.__dict__["incident"])
 
 
+def fault(error: BaseException) -> str:
+    """What callers are told of an exception that nobody declared: the message of an INTERNAL status. What it says
+    itself is for the server's log alone, as it may quote anything that the process knows."""
+    return f"{type(error).__name__}, incident {incident(error)}: the server's log has it"
+
+
 def invalid_field(field: str, expected: str) -> DomainError:
     return DomainError(Reason.INVALID_FIELD, f"{field}: expected {expected}", field=field, expected=expected)

@@ -30,14 +30,14 @@ from mulligan.common.callers import (
 )
 from mulligan.common.config import ServiceSettings, refuse
 from mulligan.common.connections import allowed, kept_free
-from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.errors import DomainError, Reason, fault, invalid_field
 from mulligan.common.extras import how_to_install
 from mulligan.common.grpc_server import Server, options
 from mulligan.common.health import HealthService
 from mulligan.common.logs import configure_logging, log_at_any_level
 from mulligan.common.metrics import OTHER, MethodMetrics, exported
 from mulligan.common.request_log import PROBES, RequestLog
-from mulligan.common.status import fault, to_status
+from mulligan.common.status import to_status
 from mulligan.common.tasks import TimeLimit, TooLong
 from mulligan.common.tls import Pem, PemFiles
 from mulligan.common.tokens import KnownTokens

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from mulligan.common.errors import CallFailed, Code, DomainError, Reason, incident
+from mulligan.common.errors import CallFailed, Code, DomainError, Reason
 from mulligan.common.text import bounded
 
 log = structlog.get_logger()
@@ -48,12 +48,6 @@ def to_status(error: DomainError) -> grpc.Status:
         delay.FromTimedelta(error.retry_after)
         details[1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return rpc_status.to_status(status_pb2.Status(code=code_number(error.code), message=error.message, details=details))
-
-
-def fault(error: BaseException) -> str:
-    """The message of an INTERNAL status. What the exception says is for the server's log alone: it may quote anything
-    that the process knows."""
-    return f"{type(error).__name__}, incident {incident(error)}: the server's log has it"
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> DomainError | None:

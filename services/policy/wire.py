@@ -7,7 +7,7 @@ from datetime import UTC, timedelta
 from typing import Any
 
 from mulligan.common import numbers
-from mulligan.common.errors import Code, DomainError
+from mulligan.common.errors import Code, DomainError, fault
 from mulligan.common.inference import (
     CallOptions,
     CanaryProbe,
@@ -27,7 +27,7 @@ from mulligan.common.inference import (
     VersionState,
     WeightsKind,
 )
-from mulligan.common.status import code_number, fault, fill_item_error
+from mulligan.common.status import code_number, fill_item_error
 from mulligan.common.wire import (
     messages_from_proto,
     messages_to_proto,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
-from mulligan.common.status import fault
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable, fault
 from mulligan.trainer.evaluation import EvaluationFailed
 from mulligan.trainer.harness import NotRepeatable
 from mulligan.trainer.pipeline import TooStale

@@ -21,11 +21,10 @@ from pydantic import ValidationError
 
 from mulligan.common import numbers
 from mulligan.common.disk import writing_to
-from mulligan.common.errors import DomainError, Reason, incident
+from mulligan.common.errors import DomainError, Reason, fault, incident
 from mulligan.common.files import make_folder, replace
 from mulligan.common.inference import PublishedWeights, WeightsKind
 from mulligan.common.state_files import in_utc, read_document, state_damaged, write_document
-from mulligan.common.status import fault
 from mulligan.common.suggest import problems
 from mulligan.trainer.fingerprint import Fingerprint
 from mulligan.trainer.foreign import FAILURES
