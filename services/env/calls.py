@@ -12,9 +12,8 @@ from typing import NoReturn
 
 import structlog
 
-from mulligan.common.errors import DomainError, Reason, incident
+from mulligan.common.errors import DomainError, Reason, fault, incident
 from mulligan.common.rewards import read_reward
-from mulligan.common.status import fault
 from mulligan.common.types import EpisodeStep, Outcome
 from mulligan.env.base import Environment, Episode, Faulted, StepResult, UnknownTask, act, close
 from mulligan.env.workers import Job, TimedOut
