@@ -36,7 +36,7 @@ __all__ = [
     "TrainedModelSettings",
 ]
 
-MOST_ROLLOUTS = 131_072  # of all steps that are sampled at once
+MOST_ROLLOUTS = 65_536  # of all steps that are sampled at once
 _POLICY_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 
 
