@@ -36,7 +36,7 @@ __all__ = [
     "TrainedModelSettings",
 ]
 
-MOST_ROLLOUTS = 131_072  # of all steps that are sampled at once
+MOST_ROLLOUTS = 65_536  # of all steps that are sampled at once
 _MOST_WRITERS = 64
 _MOST_MODULES = 4096  # more than the layers of any model
 _POLICY_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"

@@ -728,7 +728,7 @@ class RolloutConfig(_message.Message):
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
     tasks_per_step: _builtins.int
     """Tasks of one training step. Default 64. tasks_per_step × rollouts_per_task × (max_staleness + 1), the chains that are
-    sampled at once, is at most 131,072.
+    sampled at once, is at most 65,536.
     """
     rollouts_per_task: _builtins.int
     """Chains per task: the group's size. 1 to 4,096. Default 4."""
@@ -743,7 +743,7 @@ class RolloutConfig(_message.Message):
     reflection_top_p: _builtins.float
     reflection_max_tokens: _builtins.int
     concurrency: _builtins.int
-    """Chains that run at a time: 1 to 131,072. Default 256."""
+    """Chains that run at a time: 1 to 65,536. Default 256."""
     max_restarts: _builtins.int
     """How often an attempt is started over after an infrastructure error, before it is excluded. Default 3."""
     train_tasks: _builtins.int

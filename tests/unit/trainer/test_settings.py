@@ -573,14 +573,14 @@ def test_lists_that_a_caller_gives_are_bounded() -> None:
             "evaluation.protocols[0].samples",
             "10000",
         ),
-        ({"rollout": {"concurrency": 131_073}}, "rollout.concurrency", "131072"),
+        ({"rollout": {"concurrency": 65_537}}, "rollout.concurrency", "65536"),
         ({"rollout": {"replace_rounds": 101}}, "rollout.replace_rounds", "100"),
         ({"rollout": {"rollouts_per_task": 2**31 - 1}}, "rollout.rollouts_per_task", "4096"),
-        ({"rollout": {"tasks_per_step": 32_769}}, "rollout.tasks_per_step", "32768 with rollouts_per_task = 4"),
+        ({"rollout": {"tasks_per_step": 16_385}}, "rollout.tasks_per_step", "16384 with rollouts_per_task = 4"),
         (
-            {"rollout": {"tasks_per_step": 3_277, "max_staleness": 9}},
+            {"rollout": {"tasks_per_step": 1_639, "max_staleness": 9}},
             "rollout.tasks_per_step",
-            "3276 with rollouts_per_task = 4 and max_staleness = 9",
+            "1638 with rollouts_per_task = 4 and max_staleness = 9",
         ),
         ({"sampler": {"name": "weakest", "repeats": 101}}, "sampler.repeats", "100"),
     ],
@@ -593,5 +593,5 @@ def test_a_count_beyond_its_bound_is_named(given: dict[str, Any], field: str, li
 
 
 def test_the_largest_counts_are_taken() -> None:
-    rollout = {"tasks_per_step": 32_768, "concurrency": 131_072, "replace_rounds": 100}
+    rollout = {"tasks_per_step": 16_384, "concurrency": 65_536, "replace_rounds": 100}
     validated(RunSettings, {"environment": "fake", "rollout": rollout, "evaluation": {"samples": 10_000}})
