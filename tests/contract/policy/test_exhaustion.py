@@ -268,6 +268,25 @@ async def test_samples_beyond_the_queue_are_refused_before_they_are_begun(script
         assert len(await running.client.sample(said("hi"), SamplingParams(), 256)) == 256, "there is room again"
 
 
+async def test_room_may_be_gone_when_a_prompt_is_rendered(scripted: tuple[Serving, Opened]) -> None:
+    """All of these find room while none is begun, and are rendered in threads."""
+    running, opened = scripted
+    opened["one"].go_on.clear()
+    errors: list[str] = []
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        call = stub_of(channel).GenerateMany(many(9, 256, "x" * 21_000))
+
+        async def read() -> None:
+            async for message in call:
+                errors.extend(item.error.reason for item in message.items)
+
+        reading = asyncio.create_task(read())
+        await until(lambda: len(errors) == 8)
+        assert errors == [Reason.QUEUE_FULL] * 8 and len(opened["one"].asks) == 256
+        opened["one"].go_on.set()
+        await reading
+
+
 async def test_callers_that_leave_make_room(scripted: tuple[Serving, Opened]) -> None:
     running, opened = scripted
     backend = opened["one"]
