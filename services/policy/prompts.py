@@ -44,7 +44,6 @@ async def generated_ids(backend: Backend, prompt: Prompt, tools: tuple[Tool, ...
     model = backend.model
     room = model.context_length - 1
     held = len(prompt.token_ids) if isinstance(prompt, Continuation) else 0
-    preflight.check_count("prompt", held, model, room)
     check_size("prompt", backend, _size(prompt, tools), max(room - held, 1) if model.context_length else 0)
     try:
         return await _added_ids(backend, prompt, tools, model.context_length)

@@ -221,6 +221,7 @@ async def scripted() -> AsyncIterator[tuple[Serving, Opened]]:
     opened = Opened(capacity=300)
     async with serving("one", create=opened.create) as running:
         yield running, opened
+        opened["one"].go_on.set()
 
 
 def stub_of(channel: grpc.aio.Channel) -> Any:
@@ -249,7 +250,7 @@ async def test_samples_beyond_the_queue_are_refused_before_they_are_begun(script
                 items.update({item.index: item for item in message.items})
 
         reading = asyncio.create_task(read())
-        await until(lambda: len(items) == 18)
+        await until(lambda: len(items) == 18 or len(backend.asks) > 300)
         assert len(backend.asks) == 286 and not {0, 3} & set(items)
         for item in items.values():
             error = item.error
@@ -266,6 +267,25 @@ async def test_samples_beyond_the_queue_are_refused_before_they_are_begun(script
         assert len(items[0].response.completions) == 256 and len(items[3].response.completions) == 30
         assert len(await fits) == 14
         assert len(await running.client.sample(said("hi"), SamplingParams(), 256)) == 256, "there is room again"
+
+
+async def test_room_may_be_gone_when_a_prompt_is_rendered(scripted: tuple[Serving, Opened]) -> None:
+    """All of these find room while none is begun, and are rendered in threads."""
+    running, opened = scripted
+    opened["one"].go_on.clear()
+    errors: list[str] = []
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        call = stub_of(channel).GenerateMany(many(9, 256, "x" * 21_000))
+
+        async def read() -> None:
+            async for message in call:
+                errors.extend(item.error.reason for item in message.items)
+
+        reading = asyncio.create_task(read())
+        await until(lambda: len(errors) == 8 or len(opened["one"].asks) > 300)
+        assert errors == [Reason.QUEUE_FULL] * 8 and len(opened["one"].asks) == 256
+        opened["one"].go_on.set()
+        await reading
 
 
 async def test_callers_that_leave_make_room(scripted: tuple[Serving, Opened]) -> None:
