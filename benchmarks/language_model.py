@@ -21,6 +21,7 @@ from proof.methods import RESULTS
 
 UNTRAINED = "untrained"
 TRAINED = ("rlvr", "erl")
+_EARLY = 8  # steps, in which many first attempts fail
 
 
 def main() -> None:
@@ -84,7 +85,7 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
     ]
     for arm in TRAINED:
         results = arms[arm]
-        middle = [found for result in results if (found := at(result, spent)) is not None]
+        middle = _after(results, spent)
         row = [
             *(arm, str(len(results))),
             *(spread([one["test_success_before"] for one in results]), spread(middle)),
@@ -92,7 +93,7 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
             *(told([one[name] for one in results], 0) for name in ("rollouts", "sampled_tokens", "train_seconds")),
         ]
         lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, "", verdict(arms), "", "![Learning curves](language-model.png)", ""])
+    return "\n".join([*lines, "", verdict(arms), "", reasons(arms), "", "![Learning curves](language-model.png)", ""])
 
 
 def verdict(arms: Mapping[str, Sequence[Result]]) -> str:
@@ -100,6 +101,27 @@ def verdict(arms: Mapping[str, Sequence[Result]]) -> str:
     values = _ends(arms)
     rlvr, erl = (_difference(arm.upper(), values[arm], "the untrained model", values[UNTRAINED]) for arm in TRAINED)
     return f"{rlvr} {erl} {_difference('ERL', values['erl'], 'RLVR', values['rlvr'])}"
+
+
+def reasons(arms: Mapping[str, Sequence[Result]]) -> str:
+    """Where ERL's end comes from, beside RLVR's: the budgets, and what a reflection does for a second try."""
+    spent = budget(arms)
+    erl, rlvr = (fmean(_after(arms[arm], spent)) for arm in ("erl", "rlvr"))
+    first, second = (
+        fmean(rate for result in arms["erl"] for rate in result[curve][:_EARLY])
+        for curve in ("train_success", "second_success")
+    )
+    more = "which is more" if second - first > 0.05 else "which is not more; their tasks are harder ones, though"
+    return (
+        f"After {spent:,} rollouts each, ERL is at {erl:.2f} and RLVR at {rlvr:.2f}: ERL writes no reflection where a "
+        "first attempt succeeds, so its 24 steps have fewer rollouts. "
+        f"In the first {_EARLY} steps of ERL {first:.2f} of the first attempts succeed. Of the second ones, each of which "
+        f"follows a failure and a reflection, it is {second:.2f}, {more}."
+    )
+
+
+def _after(results: Sequence[Result], rollouts: int) -> list[float]:
+    return [found for result in results if (found := at(result, rollouts)) is not None]
 
 
 def _difference(name: str, one: Sequence[float], other_name: str, other: Sequence[float]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.language_model import compare, curves, page, verdict
+from benchmarks.language_model import compare, curves, page, reasons, verdict
 from benchmarks.methods import draw
 
 
@@ -18,7 +18,8 @@ def untrained(success: float) -> dict[str, Any]:
 def trained(*curve: tuple[int, float]) -> dict[str, Any]:
     points = [{"rollouts": rollouts, "success": success} for rollouts, success in curve]
     ends = {"test_success_before": curve[0][1], "test_success_after": curve[-1][1], "rollouts": curve[-1][0]}
-    return {"evaluations": points, "sampled_tokens": 9, "train_seconds": 1.0, **ends}
+    rates = {"train_success": [0.1, 0.3], "second_success": [0.2, 0.4]}
+    return {"evaluations": points, "sampled_tokens": 9, "train_seconds": 1.0, **rates, **ends}
 
 
 ARMS = {
@@ -49,6 +50,16 @@ def test_the_claim_is_of_means() -> None:
     claim = compare(ARMS)
     means = [claim[f"short_sentences_{arm}"] for arm in ("untrained", "rlvr", "erl")]
     assert means == pytest.approx([0.2, 0.6, 0.9]) and claim["seeds"] == {"untrained": 3, "rlvr": 2, "erl": 2}
+
+
+def test_the_page_says_why() -> None:
+    found = reasons(ARMS)
+    assert found in page(ARMS) and "After 500 rollouts each, ERL is at 0.75 and RLVR at 0.38" in found
+    assert (
+        "0.20 of the first attempts succeed, and 0.30 of the second ones" in found and "adds to a second try" in found
+    )
+    alike = {**ARMS, "erl": [{**result, "second_success": [0.2, 0.2]} for result in ARMS["erl"]]}
+    assert "adds nothing that shows to a second try" in reasons(alike)
 
 
 def test_the_page_says_what_the_seeds_show_and_what_they_do_not() -> None:
