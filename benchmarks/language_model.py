@@ -115,8 +115,8 @@ def reasons(arms: Mapping[str, Sequence[Result]]) -> str:
     return (
         f"After {spent:,} rollouts each, ERL is at {erl:.2f} and RLVR at {rlvr:.2f}: ERL writes no reflection where a "
         "first attempt succeeds, so its 24 steps have fewer rollouts. "
-        f"In the first {_EARLY} steps of ERL {first:.2f} of the first attempts succeed. Of the second ones, each of which "
-        f"follows a failure and a reflection, it is {second:.2f}, {more}."
+        f"In the first {_EARLY} steps of ERL {first:.2f} of the first attempts succeed. Of the second ones, each of "
+        f"which follows a failure and a reflection, it is {second:.2f}, {more}."
     )
 
 
