@@ -46,15 +46,18 @@ def is_usable(reward: float) -> bool:
     return abs(reward) <= LARGEST_REWARD  # also false for NaN
 
 
+class BadReward(ValueError):
+    """A reward that is no number, not finite or too large. The message quotes it, and is complete."""
+
+
 def read_reward(reward: object) -> float:
-    """Returns an environment's reward, a Python number or a scalar of a library, as a float. Raises ValueError, which
-    quotes it, if it is no number, not finite or too large."""
+    """Returns an environment's reward, a Python number or a scalar of a library, as a float. Raises BadReward."""
     try:
         number = math.nan if isinstance(reward, str | bytes | bytearray) else float(reward)  # type: ignore[arg-type]  # so it raises
     except Exception:  # noqa: BLE001 - foreign objects raise anything
         number = math.nan
     if not is_usable(number):
-        raise ValueError(f"reward {_quoted(reward)} is not a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}")
+        raise BadReward(f"reward {_quoted(reward)} is not a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}")
     return number
 
 

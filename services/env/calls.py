@@ -13,13 +13,14 @@ from typing import NoReturn
 import structlog
 
 from mulligan.common.errors import DomainError, Reason, fault, incident
-from mulligan.common.rewards import read_reward
+from mulligan.common.rewards import BadReward, read_reward
 from mulligan.common.types import EpisodeStep, Outcome
 from mulligan.env.base import Environment, Episode, Faulted, StepResult, UnknownTask, act, close
 from mulligan.env.workers import Job, TimedOut
 
 log = structlog.get_logger()
 _ERROR_LENGTH = 500
+_TOLD = (Faulted, TimedOut, DomainError, UnknownTask, BadReward)  # what they say is for callers
 _MAX_TEXT_BYTES = 16 * 2**20  # far below the limit of a message
 
 
@@ -127,7 +128,7 @@ def fork_error(environment: str, episode_id: str, error: object, said: str) -> D
 
 def told(error: object, environment: str, **ids: str) -> str:
     """What the caller is told of a failed call. Logs an exception of environment code, with `ids`."""
-    if not isinstance(error, BaseException) or isinstance(error, Faulted | TimedOut | DomainError | UnknownTask):
+    if not isinstance(error, BaseException) or isinstance(error, _TOLD):
         return described(error)
     log.error("environment code raised", environment=environment, **ids, incident=incident(error), exc_info=error)
     return fault(error)
