@@ -19,21 +19,21 @@ class MoreTokens(Exception):
 
 
 def most_characters(tokens: int, longest_token: int, slack: int = _SLACK) -> int:
-    """A prompt of more characters has more than so many tokens. `longest_token` is in bytes, of which a character has
-    at least one.
+    """A prompt of more characters has more than `tokens` tokens. `longest_token` is in bytes; a character has at least
+    one.
 
-    It is far more than any prompt has in practice, because a prompt that fits must never be refused: the longest tokens
-    are runs of spaces and dashes, and `_SLACK` is for what no bound of tokens holds for. What is longer all the same
-    and comes to few tokens is a text that is nearly all white space, or nearly all thoughts that the template drops.
+    The bound is far above the length of real prompts, so that none that fits is refused: the longest tokens are runs of
+    spaces and dashes. `slack` is for characters that become no token. A text is refused wrongly only if it has more of
+    these than that: a text of almost nothing but white space, or of thoughts that the template drops.
     """
     return tokens * longest_token * _SHRINK + slack
 
 
 def check_tokens_of(encode: Callable[[str], Sequence[int]], text: str, most: int) -> None:
-    """Raises MoreTokens if the text has more than `most` tokens; 0: it may have any number. It tells no texts apart
-    that are a little longer, and looks at none that is short enough to be tokenised at once.
+    """Raises MoreTokens if the text surely has more than `most` tokens; 0: it may have any number. A text that is a
+    little too long passes, and one that is short enough to be tokenised at once is not looked at.
 
-    The memory is that of one piece. A cut changes the tokens beside it alone, and `_SEAM` makes up for that.
+    It takes the memory of one piece. A cut changes only the tokens beside it; `_SEAM` allows for them.
     """
     if not most or len(text) <= max(_PIECE, 2 * most):
         return
