@@ -15,9 +15,9 @@ from pydantic import BaseModel, SecretStr
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&](?:ssl)?password=[^&\s]", re.IGNORECASE)
 _SECRET = re.compile(
     r"(?:\w+_)?(?:api_?key|access_?key|secret_?key|secret|password|passwd|credentials?)"
-    r"|(?:\w+_)?(?:api|access|auth|bearer|hf|hub|secret|session)_?token|token|key|key_b"
+    r"|(?:\w+_)?(?:api|access|auth|bearer|hf|hub|secret|session)_?token|token|key"
 )
-_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+_SECRET_VARIABLE = re.compile(r"(?:[A-Z0-9]+_)*(?:KEY|TOKEN|SECRET|PASSWORD)")  # as HF_TOKEN
 
 
 def secret_fields(model: type[BaseModel]) -> frozenset[str]:
@@ -56,11 +56,6 @@ def is_secret_name(name: str) -> bool:
     return _SECRET.fullmatch(name.replace("-", "_").lower()) is not None
 
 
-def _is_secret_variable(name: str) -> bool:
-    """As HF_TOKEN. Settings of ours are in small letters."""
-    return _VARIABLE.fullmatch(name) is not None and name.endswith(("KEY", "TOKEN", "SECRET", "PASSWORD"))
-
-
 def _among(name: str, annotation: Any, value: Any) -> Iterator[tuple[str, str]]:
     if SecretStr in _parts(annotation):
         if value is not None:
@@ -72,7 +67,8 @@ def _among(name: str, annotation: Any, value: Any) -> Iterator[tuple[str, str]]:
             yield name, "has a password"
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            if _is_secret_variable(key) and item:
+            is_variable = name.rpartition(".")[2] == "environment"  # of a process
+            if is_variable and item and _SECRET_VARIABLE.fullmatch(key):
                 yield f"{name}.{key}", "is a secret"
             yield from _among(f"{name}.{key}", _below(annotation, key), item)
     elif isinstance(value, list | tuple):

@@ -7,8 +7,8 @@ import gc
 import signal
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import grpc
@@ -42,7 +42,8 @@ from mulligan.common.tasks import TimeLimit, TooLong
 from mulligan.common.tls import Pem, PemFiles
 from mulligan.common.tokens import KnownTokens
 from mulligan.common.tracing import server_span, stop_tracing
-from mulligan.common.validation import prepare, violations
+from mulligan.common.validation import FieldViolation, prepare, violations
+from mulligan.common.work_threads import WorkThreads
 
 if sys.platform != "win32":
     from uvloop import new_event_loop  # 10% more steps of environments per second than with asyncio's own loop
@@ -54,7 +55,7 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Answer = TypeVar("_Answer")
 _QUICKLY_CHECKED = 2**20  # bytes; a message of many items takes up to 0.4 s per MiB
-_CHECKING = ThreadPoolExecutor(1, "check")
+_CHECKING = WorkThreads(1, "check")
 _MOST_PEERS = 16_384  # whose last call is remembered
 _MAKE_HANDLER: dict[bool, Any] = {  # key: whether answers are a stream
     False: grpc.stream_unary_rpc_method_handler,
@@ -312,23 +313,31 @@ def _reader(deserialize: Any) -> Callable[[bytes], _Received]:
 
 async def _checked(received: _Received) -> Any:
     """The message. Large ones are checked on a thread, one at a time: many items take seconds, and others go on."""
+    message = _parsed(received)
+    if received.size <= _QUICKLY_CHECKED:
+        return _valid(message, violations(message))
+    return _valid(message, await _CHECKING.run(partial(violations, message)))
+
+
+async def _checked_stream(requests: AsyncIterable[_Received]) -> AsyncIterator[Any]:
+    """Each is checked at once: the messages of uploads have few items, and must not wait behind others."""
+    async for received in requests:
+        message = _parsed(received)
+        yield _valid(message, violations(message))
+
+
+def _parsed(received: _Received) -> Any:
     if received.fault:
         raise DomainError(
             Reason.MALFORMED_MESSAGE, f"the bytes cannot be parsed as a message of this call: {received.fault}"
         )
-    message = received.message
-    if received.size <= _QUICKLY_CHECKED:
-        found = violations(message)
-    else:
-        found = await asyncio.get_running_loop().run_in_executor(_CHECKING, violations, message)
+    return received.message
+
+
+def _valid(message: Any, found: Sequence[FieldViolation]) -> Any:
     for violation in found:
         raise invalid_field(violation.field, violation.expected)
     return message
-
-
-async def _checked_stream(requests: AsyncIterable[_Received]) -> AsyncIterator[Any]:
-    async for received in requests:
-        yield await _checked(received)
 
 
 def add_standard_services(

@@ -54,7 +54,7 @@ from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend
 from mulligan.policy.model_settings import ModelSettings
-from mulligan.policy.prompts import beside, check_size, generated_ids, size_of, tokenized_ids
+from mulligan.policy.prompts import BESIDE, check_size, generated_ids, size_of, tokenized_ids
 from mulligan.policy.streams import TextStream, merged, unsettling_token
 from mulligan.policy.uploads import UploadHeader, Uploads
 from mulligan.policy.version_table import DamagedTable
@@ -200,7 +200,7 @@ class Policy:
     ) -> Scored:
         with self._use() as deployment:
             check = partial(preflight.check_score, sequences, temperature, options.adapter, deployment.backend.model)
-            await beside(check) if sum(map(len, sequences)) > _MANY_TOKENS else check()
+            await BESIDE.run(check) if sum(map(len, sequences)) > _MANY_TOKENS else check()
             async with deployment.serving(options.min_policy_version, options.version_wait):
                 while True:
                     scored = await deployment.backend.score(sequences, temperature, options.adapter)

@@ -5,35 +5,27 @@ three things come before a long prompt is tokenised whole:
 
 - A prompt of more characters than `most_characters` is refused before it is rendered.
 - A long text is tokenised in pieces first (`check_tokens_of`), and no further than it can fit.
-- What is rendered and tokenised beside the event loop is that of a few prompts at a time (`beside`).
+- What is rendered and tokenised beside the event loop is that of a few prompts at a time (`BESIDE`).
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 from mulligan.common.inference import Continuation, Message, Prompt, Tool
+from mulligan.common.work_threads import WorkThreads
 from mulligan.policy import preflight
 from mulligan.policy.backend import Backend
 from mulligan.policy.text_length import MoreTokens, check_tokens_of, most_characters
 
-T = TypeVar("T")
 # Longer prompts are rendered and encoded in a thread, so that other calls do not wait for them.
 _LONG = 20_000
 _PART = 64  # characters that a message, a call or a tool counts as, besides its texts: templates work on each
 _LONGEST_TOKEN = 128  # bytes, where the vocabulary is not known: the spaces of code are the longest in most
 _LEAST_TOKENIZED = 65_536  # tokens that Tokenize answers with any model
-# More at a time would not be faster, and each takes memory. Those that wait and whose callers leave are dropped.
-_WORKERS = ThreadPoolExecutor(4, thread_name_prefix="policy-prompts")
-
-
-async def beside(work: Callable[[], T]) -> T:
-    """Runs it in one of a few threads, which it does not share with the rest of the service."""
-    return await asyncio.get_running_loop().run_in_executor(_WORKERS, work)
+# More at a time would not be faster, and each takes memory.
+BESIDE = WorkThreads(4, "policy-prompts")
 
 
 async def generated_ids(backend: Backend, prompt: Prompt, tools: tuple[Tool, ...]) -> tuple[int, ...]:
@@ -61,7 +53,7 @@ async def tokenized_ids(backend: Backend, prompt: Prompt | str, tools: tuple[Too
     try:
         if isinstance(prompt, str):
             work = partial(_encoded, backend, prompt, most)
-            ids = await beside(work) if size > _LONG else work()
+            ids = await BESIDE.run(work) if size > _LONG else work()
         else:
             held = len(prompt.token_ids) if isinstance(prompt, Continuation) else 0
             ids = await _added_ids(backend, prompt, tools, held + most)
@@ -106,7 +98,7 @@ async def _added_ids(backend: Backend, prompt: Prompt, tools: tuple[Tool, ...], 
         if isinstance(prompt, Continuation)
         else partial(chat.render, prompt, tools, longest)
     )
-    return await beside(work) if _size(prompt, tools) > _LONG else work()
+    return await BESIDE.run(work) if _size(prompt, tools) > _LONG else work()
 
 
 def _encoded(backend: Backend, text: str, most: int) -> tuple[int, ...]:

@@ -379,6 +379,11 @@ def test_other_variables_of_an_engine_may_be_flags() -> None:
     assert settings.own_as(VllmSettings).environment["HF_TOKEN_PATH"] == "/f"
 
 
+def test_the_name_of_a_policy_is_no_variable() -> None:
+    policies = '{"TOKEN": {"model": "embedded"}, "MONKEY": {"model": "embedded"}}'
+    assert set(PolicySettings.load(["--policies", policies]).policies) == {"TOKEN", "MONKEY"}
+
+
 def test_each_secret_can_be_in_a_file_and_no_help_has_it_as_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for settings in (EnvSettings, PolicySettings, MemorySettings, TrainerSettings):
         secrets = secret_fields(settings)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, ReplicaInfo
 from mulligan.common.model_files import UnsupportedModel
+from mulligan.common.work_threads import WorkThreads
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
 from mulligan.policy.backends.transformers import Settings
 from mulligan.policy.backends.transformers.attention import SlotCache
@@ -32,7 +32,7 @@ from mulligan.policy.model_settings import ModelSettings
 # Of the process when it starts: what an engine's thread is told changes what torch answers later.
 _CORES = torch.get_num_threads()
 # Compiles what constrains samples, which takes seconds where a caller wants it to: nobody else waits for these threads.
-_GRAMMARS = ThreadPoolExecutor(2, thread_name_prefix="policy-grammars")
+_GRAMMARS = WorkThreads(2, "policy-grammars")
 _FEATURES = frozenset(
     [
         Feature.TOKEN_IDS,
@@ -184,7 +184,7 @@ class TransformersBackend:
         if self._constraints is None or (sampling.regex is None and sampling.json_schema is None):
             return Request(ask.token_ids, sampling, seed)
         work = partial(self._constraints.of, sampling)
-        constraint = await asyncio.get_running_loop().run_in_executor(_GRAMMARS, work)
+        constraint = await _GRAMMARS.run(work)
         return Request(ask.token_ids, sampling, seed, constraint)
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
