@@ -46,6 +46,7 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in found.split()]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_demo_is_interrupted_and_goes_on_to_its_end(tmp_path: Path) -> None:
     first = mulligan("demo", "--folder", str(tmp_path), *TINY)
