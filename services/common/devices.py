@@ -12,8 +12,8 @@ from mulligan.common.suggest import did_you_mean
 from mulligan.common.text import bounded
 
 KINDS = ("cpu", "cuda")
-NO_CUDA = "install a build of torch for CUDA, or set device to cpu"
-NO_GPU = "look at nvidia-smi and at CUDA_VISIBLE_DEVICES (a container needs --gpus all), or set device to cpu"
+_NO_CUDA = "install a build of torch for CUDA, or set device to cpu"
+_NO_GPU = "look at nvidia-smi and at CUDA_VISIBLE_DEVICES (a container needs --gpus all), or set device to cpu"
 _OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda"}
 _NAME = re.compile(r"([a-z]+)(?::([0-9]{1,3}))?")
 _SHOWN = 100  # characters of a name
@@ -48,29 +48,36 @@ class TorchDevices:
         return cls(torch.__version__, built, gpus, kind if kind not in KINDS else "")
 
     def problem(self, name: str, *, others: bool = False) -> str:
-        """Why nothing can be computed on the device of this name; empty if it is there. `others`: whether accelerators
-        that are no GPUs of CUDA will do, too."""
+        """Why nothing can be computed on the device of this name, and what to do; empty if it is there. `others`:
+        whether accelerators that are no GPUs of CUDA will do, too."""
+        return ": ".join(filter(None, self.examined(name, others=others)))
+
+    def examined(self, name: str, *, others: bool = False) -> tuple[str, str]:
+        """As `problem`, with what to do apart; that is empty where another name is needed."""
         kinds = [*KINDS, self.other] if others and self.other else KINDS
         try:
             kind, number = parse_device(name, kinds)
         except ValueError as error:
-            return str(error)
+            return str(error), ""
         if kind != "cuda":
-            return ""
+            return "", ""
+        if not self.gpus and not self.built_for_gpus:
+            return f"{name!r} needs a GPU, and torch {self.version} was built without CUDA", _NO_CUDA
         if not self.gpus:
-            return f"{name!r} needs a GPU, and {self.why_none}"
+            return f"{name!r} needs a GPU, and torch {self.version} sees none", _NO_GPU
         if number >= self.gpus:
-            return (
-                f"no such device {name!r}: torch sees {counted(self.gpus)}, the last of which is cuda:{self.gpus - 1}"
-            )
-        return ""
+            last = f"the last of which is cuda:{self.gpus - 1}"
+            return f"no such device {name!r}: torch sees {counted(self.gpus)}, {last}", ""
+        return "", ""
 
-    @property
-    def why_none(self) -> str:
-        """Why there is no GPU, and what to do."""
-        if not self.built_for_gpus:
-            return f"torch {self.version} was built without CUDA: {NO_CUDA}"
-        return f"torch {self.version} sees none: {NO_GPU}"
+    def lacks_for(self, processes: int) -> str:
+        """Why so many processes of a learner cannot have a GPU each; empty if they can."""
+        if processes <= self.gpus:
+            return ""
+        return (
+            f"{processes} processes need a GPU each, and torch sees {counted(self.gpus)} on this machine: "
+            f"expected at most {self.gpus}, or device = cpu"
+        )
 
 
 def counted(gpus: int) -> str:

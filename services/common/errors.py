@@ -6,6 +6,7 @@ other exception that escapes a handler becomes INTERNAL. https://google.aip.dev/
 
 from __future__ import annotations
 
+import re
 import secrets
 from datetime import timedelta
 from enum import StrEnum
@@ -15,6 +16,7 @@ from mulligan.common.text import bounded
 # Longest message of an error, and longest metadata value, in characters of their JSON form.
 MESSAGE_LIMIT = 1_500
 METADATA_LIMIT = 500
+_INCIDENT = re.compile(r"incident [0-9a-f]{8}")  # as `fault` tells it
 
 
 class Code(StrEnum):
@@ -253,6 +255,11 @@ def fault(error: BaseException) -> str:
     """What callers are told of an exception that nobody declared: the message of an INTERNAL status. What it says
     itself is for the server's log alone, as it may quote anything that the process knows."""
     return f"{type(error).__name__}, incident {incident(error)}: the server's log has it"
+
+
+def without_incident(text: str) -> str:
+    """The text without the ids of incidents: the same for all faults of one kind."""
+    return _INCIDENT.sub("incident", text)
 
 
 def invalid_field(field: str, expected: str) -> DomainError:

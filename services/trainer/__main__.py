@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from mulligan.memory.client import MemoryClient
 from mulligan.policy import replicas as policy_replicas
 from mulligan.trainer import servicer as runs
 from mulligan.trainer.client import LearnerAdminClient
-from mulligan.trainer.config import TrainerSettings
+from mulligan.trainer.config import TrainerSettings, processes_of_torchrun
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.learner import servicer as learners
 from mulligan.trainer.learner.allocator import return_freed_memory
@@ -68,7 +67,7 @@ def main() -> None:
 def _refuse_absent_device(settings: TrainerSettings) -> None:
     processes, setting = settings.learner_processes, "learner_processes"
     if launched():
-        processes, setting = int(os.environ["LOCAL_WORLD_SIZE"]), "--nproc-per-node"
+        processes, setting = processes_of_torchrun(), "--nproc-per-node"
     if problem := device_problem(settings.device, processes, setting):
         refuse(settings.service, problem)
 

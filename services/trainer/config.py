@@ -126,7 +126,7 @@ class TrainerSettings(GuardedSettings):
 
     @model_validator(mode="after")
     def _each_process_has_a_gpu(self) -> Self:
-        if max(self.learner_processes, _processes_of_torchrun()) > 1 and ":" in self.device:
+        if max(self.learner_processes, processes_of_torchrun()) > 1 and ":" in self.device:
             raise ValueError("device: expected cuda without a number: each process of the learner has a GPU of its own")
         return self
 
@@ -144,7 +144,7 @@ class TrainerSettings(GuardedSettings):
             weights_folder=self.weights_folder,
             checkpoint_folder=self.checkpoint_folder,
             device=self.device,
-            threads=self.threads or max(1, (os.cpu_count() or 1) // 2 // _processes_of_torchrun()),
+            threads=self.threads or max(1, (os.cpu_count() or 1) // 2 // processes_of_torchrun()),
             microbatch_tokens=self.microbatch_tokens or (768 if self.device.startswith("cpu") else 4096),
             gradient_checkpointing=self.gradient_checkpointing,
             attention=self.attention,
@@ -198,6 +198,6 @@ class TrainerSettings(GuardedSettings):
         )
 
 
-def _processes_of_torchrun() -> int:
+def processes_of_torchrun() -> int:
     """Those on this machine; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

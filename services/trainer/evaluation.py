@@ -9,7 +9,7 @@ from math import isfinite
 from statistics import fmean
 from typing import Any
 
-from mulligan.common.errors import DomainError, Reason
+from mulligan.common.errors import DomainError, Reason, without_incident
 from mulligan.common.experience import Sample, Turn
 from mulligan.common.rewards import reaches
 from mulligan.common.types import EnvironmentInfo, TaskInfo
@@ -60,8 +60,9 @@ async def measure(player: Player, step: int, attempts: Sequence[Sample], environ
     """
     rewards = rewards_of(attempts)
     if not rewards:
-        causes = sorted({attempt.error for attempt in attempts})
-        raise EvaluationFailed("no attempt could be finished: " + "; ".join(causes[:3]))
+        # One of each kind, with the incident of one attempt.
+        causes = {without_incident(error): error for error in sorted({one.error for one in attempts}, reverse=True)}
+        raise EvaluationFailed("no attempt could be finished: " + "; ".join(sorted(causes.values())[:3]))
     success = fmean(reaches(reward, player.threshold) for reward in rewards)
     excluded = len(attempts) - len(rewards)
     metrics: dict[str, float] = {}
@@ -95,21 +96,25 @@ def _problem(metrics: Any) -> str:
 def check_attempts(
     places: Sequence[tuple[EnvironmentInfo, Sequence[TaskInfo]]], settings: EvaluationSettings, within: str = ""
 ) -> None:
-    """Raises DomainError INVALID_SETTING for more attempts than an evaluation, or a protocol in it, may have. `within`
-    begins the field of the error."""
+    """Raises DomainError INVALID_SETTING for more attempts than an evaluation, or a protocol in it, may have, and
+    ProtocolFailed. `within` begins the field of the error."""
     info, tasks = max(places, key=lambda place: len(place[1]))
-    counts = {"samples": settings.samples}
+    counts = [("samples", settings.samples, 1, "")]
     for index, protocol in enumerate(settings.protocols):
-        name, count = protocol.attempts_per_task
-        counts[f"protocols[{index}].{name}"] = count
-    for name, count in counts.items():
-        if len(tasks) * count > MOST_ATTEMPTS:
-            fitting = MOST_ATTEMPTS // len(tasks)
+        at = f"protocols[{index}]"
+        with blaming(f"protocol {protocol.name!r}", ProtocolFailed):
+            name, samples = protocol.samples_per_task
+            times = protocol.attempts_per_sample
+        several = f", {times} attempts for each sample of {at} ({protocol.name!r})" if times > 1 else ""
+        counts.append((f"{at}.{name}", samples, times, several))
+    for name, samples, times, several in counts:
+        if len(tasks) * samples * times > MOST_ATTEMPTS:
+            fitting = MOST_ATTEMPTS // (len(tasks) * times)
             field = f"{within}{name if fitting else 'tasks'}"
             message = (
-                f"{field}: expected at most {fitting or MOST_ATTEMPTS}, as {len(tasks)} test tasks of {info.name!r} "
-                f"are played, and {MOST_ATTEMPTS} attempts are the most; got {count if fitting else len(tasks)}"
-                + (f". Fewer tasks: {within}tasks" if fitting else "")
+                f"{field}: expected at most {fitting or MOST_ATTEMPTS // times}, as {len(tasks)} test tasks of "
+                f"{info.name!r} are played{several}, and {MOST_ATTEMPTS} attempts are the most; "
+                f"got {samples if fitting else len(tasks)}" + (f". Fewer tasks: {within}tasks" if fitting else "")
             )
             raise DomainError(Reason.INVALID_SETTING, message, field=field)
 

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import structlog
 
-from mulligan.common.errors import DomainError, Reason
+from mulligan.common.errors import DomainError, Reason, fault, incident
 from mulligan.common.tasks import cancel
 from mulligan.common.tracing import root_span
 from mulligan.trainer.activity import CurrentActivity
@@ -93,7 +93,8 @@ class Evaluations:
     async def go_on(self) -> None:
         """Begins again what was unfinished when the run's checkpoint was saved, with the weights that it measured then.
 
-        Where these cannot be read any more, a notice says so, and the evaluation is lost.
+        Where these are not there any more, a notice says so, and the evaluation is lost. Raises OSError where the disk
+        does not give them now: the run can be resumed.
         """
         unfinished = self.unfinished
         if unfinished is None:
@@ -108,8 +109,10 @@ class Evaluations:
                 await self._evaluator.publish_as(unfinished.weights)
                 self._begin_beside(missing, unfinished, recall)
                 return
-            except OSError as error:  # of an upload
-                lost = f"its weights cannot be published again: {error}"
+            except FileNotFoundError as error:  # of an upload
+                gone = {"run_id": self._run_id, "step": unfinished.step, "incident": incident(error)}
+                log.error("the weights of an evaluation are gone", **gone, exc_info=error)
+                lost = f"its weights cannot be published again: {fault(error)}"
             except DomainError as error:
                 if error.reason not in _UNREADABLE:
                     raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 
 import msgspec
 import structlog
+from cachetools import LRUCache
 from pydantic import ValidationError
 
 from mulligan.common import numbers
@@ -49,6 +51,10 @@ Version = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _LONGEST_URI = 4096  # as in the contract
 _LONGEST_FINGERPRINT = 200
 _DEPTH = 4  # folders below the one that is looked through, in which a run may lie
+# Runs whose settings a plug-in failed to read: the type of what it raised, and what is told of it. The log has each
+# once, though somebody asks for the run every second.
+_FAULTS: LRUCache[Path, tuple[str, str]] = LRUCache(10_000)
+_FAULTS_LOCK = threading.Lock()
 _SKIPPED = {"journal", "weights", "checkpoints", "policy", "logs", "node_modules"}
 
 
@@ -154,14 +160,26 @@ class RunFolder:
         """Raises DomainError INVALID_SETTING, where a plug-in that they name is no longer there, or they are none."""
         record = self.record()
         try:
-            return RunSettings.model_validate(record.settings)
+            settings = RunSettings.model_validate(record.settings)
         except ValidationError as error:
             field, said = next(iter(problems(error, RunSettings).items()))
         except FAILURES as error:  # of a plug-in, which reads its own
-            log.error("settings cannot be read", run_id=record.run_id, incident=incident(error), exc_info=error)
-            field, said = "settings", fault(error)
+            field, said = "settings", self._told_of(error, record.run_id)
+        else:
+            with _FAULTS_LOCK:
+                _FAULTS.pop(self.path, None)
+            return settings
         message = f"the settings of run {record.run_id} cannot be read here: {field}: {said}"
         raise DomainError(Reason.INVALID_SETTING, message, field=field, run_id=record.run_id)
+
+    def _told_of(self, error: BaseException, run_id: str) -> str:
+        """What is told of settings that a plug-in failed to read: while it raises the same type, the same incident."""
+        kind = type(error).__name__
+        with _FAULTS_LOCK:
+            if self.path not in _FAULTS or _FAULTS[self.path][0] != kind:
+                log.error("settings cannot be read", run_id=run_id, incident=incident(error), exc_info=error)
+                _FAULTS[self.path] = kind, fault(error)
+            return _FAULTS[self.path][1]
 
     def write_record(self, record: RunRecord) -> None:
         write_document(self.path / "run.json", record)

@@ -177,13 +177,18 @@ class RolloutSettings(_Settings):
     def _what_is_sampled_at_once_is_bounded(self) -> Self:
         steps = self.max_staleness + 1
         if self.tasks_per_step * self.rollouts_per_task * steps > MOST_ROLLOUTS:
-            several = f" and max_staleness = {self.max_staleness}" if self.max_staleness else ""
+            fitting = MOST_ROLLOUTS // (self.rollouts_per_task * steps)
+            if fitting:
+                several = f" and max_staleness = {self.max_staleness}" if self.max_staleness else ""
+                field, given = "tasks_per_step", f"rollouts_per_task = {self.rollouts_per_task}{several}"
+            else:  # too many for a single task
+                fitting = MOST_ROLLOUTS // steps
+                field, given = "rollouts_per_task", f"max_staleness = {self.max_staleness}, at one task per step"
             problem = (
-                f"expected at most {MOST_ROLLOUTS // (self.rollouts_per_task * steps)} with rollouts_per_task = "
-                f"{self.rollouts_per_task}{several}: {MOST_ROLLOUTS} rollouts are sampled at once at most; "
-                f"got {self.tasks_per_step}"
+                f"expected at most {fitting} with {given}: {MOST_ROLLOUTS} rollouts are sampled at once at most; "
+                f"got {getattr(self, field)}"
             )
-            raise located({("tasks_per_step",): problem})
+            raise located({(field,): problem})
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 import mulligan
 from mulligan.cli.doctor.finding import Finding, Topic
-from mulligan.common.devices import KINDS, counted, parse_device
+from mulligan.common.devices import TorchDevices, counted, parse_device
 from mulligan.common.extras import how_to_install
 
 _OLDEST = (3, 11)
@@ -26,10 +26,9 @@ _SERVICES = ("env", "policy", "memory", "trainer")
 _UP = "`mulligan up`"
 _ANYWHERE = ("", "auto", "cpu")  # devices that every machine has
 _TORCH = (
-    "import json, torch; gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0;"
-    "from mulligan.common.devices import TorchDevices; seen = TorchDevices.seen_by(torch);"
-    "print(json.dumps({'version': torch.__version__, 'built': seen.built_for_gpus, 'other': seen.other, 'gpus': [dict("
-    "name=torch.cuda.get_device_name(one), free=torch.cuda.mem_get_info(one)[0]) for one in range(gpus)]}))"
+    "import json, torch; from mulligan.common.devices import TorchDevices; seen = TorchDevices.seen_by(torch);"
+    "print(json.dumps({'version': seen.version, 'built': seen.built_for_gpus, 'other': seen.other, 'gpus': [dict("
+    "name=torch.cuda.get_device_name(one), free=torch.cuda.mem_get_info(one)[0]) for one in range(seen.gpus)]}))"
 )
 
 
@@ -228,7 +227,7 @@ async def check_gpu(
     found = [judge_gpu(Topic("gpu", service), device, seen) for service, device in configured.items()]
     number = gpu_number(configured.get("trainer", ""), len(seen["gpus"]))
     if number is not None and processes > 1:
-        found.append(judge_processes(Topic("gpu", "learner"), processes, len(seen["gpus"])))
+        found.append(judge_processes(Topic("gpu", "learner"), processes, seen))
     if judge_fit is not None and number is not None:
         found.append(judge_fit(seen["gpus"][number]["free"]))
     return found
@@ -245,30 +244,24 @@ def gpu_number(device: str, count: int) -> int | None:
 
 def judge_gpu(topic: Topic, device: str, seen: Mapping[str, Any]) -> Finding:
     """Of a service's setting `device`, where torch said what it sees."""
-    gpus = seen["gpus"]
     # A learner computes on CPUs and on GPUs of CUDA alone.
-    kinds = KINDS if topic.subject == "trainer" else [*KINDS, *filter(None, [seen.get("other")])]
-    try:
-        kind, number = parse_device(device, kinds)
-    except ValueError as error:
-        return topic.problem(f"The setting device: {error}.", "Correct the setting `device`.")
-    if kind != "cuda":
+    problem, remedy = _devices(seen).examined(device, others=topic.subject != "trainer")
+    if problem:
+        remedy = f"{remedy[0].upper()}{remedy[1:]}." if remedy else "Correct the setting `device`."
+        return topic.problem(f"The setting device: {problem}.", remedy)
+    number = gpu_number(device, len(seen["gpus"]))
+    if number is None:
         return topic.ok(f"torch has the device {device}.")
-    if not seen["built"]:
-        said = f"device = {device!r}, and torch {seen['version']} was built without CUDA."
-        return topic.problem(said, "Install a build of torch for CUDA, or set device to cpu.")
-    if not gpus:
-        said = f"device = {device!r}, and torch sees no GPU."
-        remedy = "Look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES; a container needs `--gpus all`."
-        return topic.problem(said, remedy)
-    if number >= len(gpus):
-        said = f"device = {device!r}, and torch sees {counted(len(gpus))}, counted from 0."
-        return topic.problem(said, "Correct the setting `device`.")
-    return topic.ok(f"torch sees {gpus[number]['name']}, with {gpus[number]['free'] / 1e9:.0f} GB free.")
+    gpu = seen["gpus"][number]
+    return topic.ok(f"torch sees {gpu['name']}, with {gpu['free'] / 1e9:.0f} GB free.")
 
 
-def judge_processes(topic: Topic, processes: int, gpus: int) -> Finding:
-    if processes > gpus:
-        said = f"learner_processes = {processes}, each of which needs a GPU, and torch sees {counted(gpus)}."
-        return topic.problem(said, f"Set learner_processes to at most {gpus}, or device to cpu.")
-    return topic.ok(f"torch sees {counted(gpus)}, enough for learner_processes = {processes}.")
+def judge_processes(topic: Topic, processes: int, seen: Mapping[str, Any]) -> Finding:
+    devices = _devices(seen)
+    if problem := devices.lacks_for(processes):
+        return topic.problem(f"The setting learner_processes: {problem}.", "Correct the setting `learner_processes`.")
+    return topic.ok(f"torch sees {counted(devices.gpus)}, enough for learner_processes = {processes}.")
+
+
+def _devices(seen: Mapping[str, Any]) -> TorchDevices:
+    return TorchDevices(seen["version"], bool(seen["built"]), len(seen["gpus"]), seen.get("other") or "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mulligan.common.devices import TorchDevices, counted, parse_device
+from mulligan.common.devices import TorchDevices, parse_device
 
 
 def device_problem(device: str, processes: int, setting: str = "learner_processes") -> str:
@@ -13,9 +13,6 @@ def device_problem(device: str, processes: int, setting: str = "learner_processe
     seen = TorchDevices.seen_by(torch)
     if problem := seen.problem(device):
         return f"device: {problem}"
-    if parse_device(device)[0] == "cuda" and processes > seen.gpus:
-        return (
-            f"{setting}: {processes} processes need a GPU each, and torch sees {counted(seen.gpus)} on this machine: "
-            f"expected at most {seen.gpus}, or device = cpu"
-        )
+    if parse_device(device)[0] == "cuda" and (problem := seen.lacks_for(processes)):
+        return f"{setting}: {problem}"
     return ""

@@ -8,8 +8,9 @@ A module exports
   left out. `Player.attempts`, and `Player.each` for other than plain attempts, play many at a time, and begin each when
   there is a slot for it.
 
-A setting `samples`, the attempts per task, has at most `MOST_SAMPLES`, and so many that tasks × samples are at most
-`MOST_ATTEMPTS`; that is checked before anything is sampled.
+A setting `samples`, the attempts per task, has at most `MOST_SAMPLES`. A protocol that plays each sample more than
+once, such as with a text and without, says so by the property `attempts_per_sample` of its `Settings`. Tasks × samples
+× `attempts_per_sample` are at most `MOST_ATTEMPTS`; that is checked before anything is sampled.
 
 It may export `lacks(environment: EnvironmentInfo, tasks: Sequence[TaskInfo], settings: Settings) -> str`: what the
 environment must have and has not, "" if nothing. Then the evaluation is refused before anything is sampled. What is
@@ -43,10 +44,15 @@ class ProtocolSettings(PluginSettings):
         return self.label or self.name.rpartition(".")[2]
 
     @property
-    def attempts_per_task(self) -> tuple[str, int]:
-        """The setting that says how many attempts at a task there are, and that number."""
+    def samples_per_task(self) -> tuple[str, int]:
+        """The setting that says how many samples of a task there are, and that number."""
         samples = getattr(self, "samples", None)
         return "samples", samples if isinstance(samples, int) else 1
+
+    @property
+    def attempts_per_sample(self) -> int:
+        """How many attempts each of these takes: 2 where a protocol compares two ways to play."""
+        return 1
 
 
 class WritingSettings(ProtocolSettings):

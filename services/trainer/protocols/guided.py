@@ -27,6 +27,10 @@ class Settings(ProtocolSettings):
     text: str = Field(min_length=1)
     samples: int = Field(1, ge=1, le=MOST_SAMPLES)
 
+    @property
+    def attempts_per_sample(self) -> int:
+        return 2  # with the text and without
+
 
 async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]:
     guided = await _solved(player, tasks, settings, guided_by(settings.text, player.info.prompts))

@@ -29,6 +29,10 @@ class Settings(ProtocolSettings):
     feedback: str = "That was wrong. Try again.\n\n{observation}"
     control: str = "Once more:\n\n{observation}"
 
+    @property
+    def attempts_per_sample(self) -> int:
+        return 2  # with `feedback` and with `control`
+
 
 async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]:
     told = await _tries(player, tasks, settings.samples, settings.feedback)

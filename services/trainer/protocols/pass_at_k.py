@@ -33,12 +33,12 @@ class Settings(ProtocolSettings):
         return self
 
     @property
-    def attempts_per_task(self) -> tuple[str, int]:
+    def samples_per_task(self) -> tuple[str, int]:
         return ("k", max(self.k)) if self.samples is None else ("samples", self.samples)
 
 
 async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]:
-    _, count = settings.attempts_per_task
+    _, count = settings.samples_per_task
     samples = await player.attempts(tasks, count)
     rewarded = [
         [player.solves(sample) for sample in samples[start : start + count] if sample.reward is not None]

@@ -34,6 +34,10 @@ class Settings(ProtocolSettings):
     guided: str = "{feedback}\n\nTry again.\n\n{observation}"
     unguided: str = "That was not right. Try again.\n\n{observation}"
 
+    @property
+    def attempts_per_sample(self) -> int:
+        return 2  # guided and unguided
+
 
 async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]:
     metrics: dict[str, float] = {}

@@ -56,6 +56,10 @@ class Settings(WritingSettings):
         "and a full stop. Answer with the new text alone.\n\n{text}"
     )
 
+    @property
+    def attempts_per_sample(self) -> int:
+        return 1 + len(self.operators)  # the question as it is, and its versions
+
 
 @dataclass(frozen=True)
 class Version:

@@ -872,8 +872,10 @@ class EvaluationConfig(_message.Message):
     top_k: _builtins.int
     @_builtins.property
     def protocols(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProtocolConfig]:
-        """What else is measured at each evaluation, in this order. At most 32, each with as many attempts as the evaluation
-        itself may have. None when empty. In a run of several environments, a protocol runs in each that has what it needs.
+        """What else is measured at each evaluation, in this order. At most 32, each with at most 100,000 attempts at all tasks
+        of an environment: "guided", "misled" and "turns" play each sample twice, "variants" each task once and once more
+        for each operator. None when empty. In a run of several environments, a protocol runs in each that has what it
+        needs.
         """
 
     def __init__(

@@ -143,18 +143,29 @@ async def test_a_run_that_cannot_be_read_tells_those_who_look_on_no_words(
             assert listed.error == f"RuntimeError: {SECRET}"
 
 
-async def test_a_plug_in_that_cannot_read_its_settings_is_not_quoted(
+async def test_a_plug_in_that_cannot_read_its_settings_is_not_quoted_and_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those settings were read when the run started; the plug-in is another one now."""
+    """Those settings were read when the run started; the plug-in is another one now. Somebody asks again and again."""
+    metadata = bearer(token_of(LOOKS_ON[0]))
     async with serving_runs(tmp_path, World(tmp_path / "runs")) as (_, stub):
 
-        def broken(*_: object) -> Any:
-            raise RuntimeError(SECRET)
+        async def seen() -> set[str]:
+            """The errors in all answers."""
+            listed = [(await stub.ListRuns(pb.ListRunsRequest(), metadata=metadata)).runs[0].error for _ in range(2)]
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.GetRun(pb.GetRunRequest(run_id="run"), metadata=metadata)
+            return {*listed, str(caught.value.details())}
 
-        monkeypatch.setattr("mulligan.trainer.folder.RunSettings.model_validate", broken)
-        with structlog.testing.capture_logs() as logs:
-            (listed,) = (await stub.ListRuns(pb.ListRunsRequest(), metadata=bearer(token_of(LOOKS_ON[0])))).runs
-        assert SECRET not in listed.error
-        found = INCIDENT.search(listed.error)
-        assert found is not None and [entry["incident"] for entry in logs if "incident" in entry] == [found[2]]
+        for raised in (RuntimeError, KeyError):
+
+            def broken(*_: object, raised: type[Exception] = raised) -> Any:
+                raise raised(SECRET)
+
+            monkeypatch.setattr("mulligan.trainer.folder.RunSettings.model_validate", broken)
+            with structlog.testing.capture_logs() as logs:
+                told = await seen()
+            assert SECRET not in str(told)
+            found = {match.groups() for text in told if (match := INCIDENT.search(text))}
+            incidents = [entry["incident"] for entry in logs if "incident" in entry]
+            assert len(incidents) == 1 and found == {(raised.__name__, incidents[0])}

@@ -22,6 +22,7 @@ from mulligan.cli.doctor.clocks import judge_clock
 from mulligan.cli.doctor.finding import Diagnosis, Examination, Finding, Topic, blocking, examine
 from mulligan.cli.doctor.proxied import check_proxies, is_exempt
 from mulligan.cli.train import read_settings
+from mulligan.common.devices import TorchDevices
 from mulligan.models.catalog import CATALOG
 from tests.support.small_disk import SmallDisk
 
@@ -174,9 +175,9 @@ def test_missing_extras_are_named_with_what_needs_them() -> None:
     ("device", "built", "gpus", "verdict"),
     [
         ("cuda", None, 0, "built without CUDA"),
-        ("cuda", "12", 0, "sees no GPU"),
-        ("cuda:1", "12", 1, "torch sees 1 GPU, counted from 0"),
-        ("cuda:2", "12", 2, "torch sees 2 GPUs, counted from 0"),
+        ("cuda", "12", 0, "torch 2 sees none"),
+        ("cuda:1", "12", 1, "torch sees 1 GPU, the last of which is cuda:0"),
+        ("cuda:2", "12", 2, "torch sees 2 GPUs, the last of which is cuda:1"),
         ("cuda:x", "12", 1, "no such device 'cuda:x': expected cpu, cuda or cuda:NUMBER; did you mean 'cuda'?"),
         ("tpu", None, 0, "no such device 'tpu'"),
         ("cuda:0", "12", 1, ""),
@@ -186,6 +187,9 @@ def test_gpus(device: str, built: str | None, gpus: int, verdict: str) -> None:
     seen = {"version": "2", "built": built, "gpus": [{"name": "A GPU", "free": 1e9}] * gpus}
     found = installed.judge_gpu(TOPIC, device, seen)
     assert (found.verdict == "problem") is bool(verdict) and verdict in found.said
+    refused = TorchDevices("2", built is not None, gpus).problem(device, others=True)
+    assert not refused or found.said.removesuffix(".") in f"The setting device: {refused}", "as a service says it"
+    assert ("Look at nvidia-smi" in found.remedy) is ("sees none" in verdict)
     assert installed.devices({"policy": {"policies": {"a": {"engine": {"device": device}}}}}) == {"policy": device}
 
 
@@ -270,7 +274,7 @@ async def test_training_is_compared_with_the_gpu_of_the_trainer(monkeypatch: pyt
         (
             {"device": "cuda", "learner_processes": 3},
             ["ok", "problem"],
-            "learner_processes = 3, each of which needs a GPU",
+            "learner_processes: 3 processes need a GPU each, and torch sees 2 GPUs on this machine: expected at most 2",
         ),
         ({"device": "cuda"}, ["ok"], "torch sees A"),
         ({"device": "mps", "learner_processes": 3}, ["problem"], "no such device 'mps'"),

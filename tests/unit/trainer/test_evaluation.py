@@ -7,15 +7,18 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mulligan.common.errors import DomainError, Reason
+from mulligan.common.errors import DomainError, Reason, fault
+from mulligan.common.experience import Sample
 from mulligan.common.inference import SamplingParams
 from mulligan.common.tasks import PrioritySlots
-from mulligan.trainer.evaluation import ProtocolFailed, evaluate
+from mulligan.trainer import protocols
+from mulligan.trainer.evaluation import EvaluationFailed, ProtocolFailed, check_attempts, evaluate, measure
 from mulligan.trainer.events import EvaluationEvent, EventLog
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.manager import RunManager
@@ -237,7 +240,10 @@ async def test_what_is_kept_of_attempts_is_small() -> None:
     ("tables", "samples", "field", "limit"),
     [
         ([], 26, "samples", 25),
-        ([{"name": "misled", "samples": 26}], 1, "protocols[0].samples", 25),
+        ([{"name": "misled", "samples": 13}], 1, "protocols[0].samples", 12),
+        ([{"name": "guided", "text": "hint", "samples": 13}], 1, "protocols[0].samples", 12),
+        ([{"name": "turns", "samples": 13}], 1, "protocols[0].samples", 12),
+        ([{"name": "refusal", "samples": 26}], 1, "protocols[0].samples", 25),
         ([{"name": "misled"}, {"name": "pass_at_k", "k": [1, 26]}], 1, "protocols[1].k", 25),
         ([{"name": "pass_at_k", "samples": 26}], 1, "protocols[0].samples", 25),
     ],
@@ -259,6 +265,55 @@ async def test_an_evaluation_has_only_so_many_attempts(
     assert caught.value.reason is Reason.INVALID_SETTING and caught.value.metadata["field"] == field
     assert not policy.calls
     await runs.close()
+
+
+@pytest.mark.parametrize(
+    ("table", "times"),
+    [
+        ({"name": "guided", "text": "hint", "samples": 2}, 4),
+        ({"name": "misled", "samples": 2}, 4),
+        ({"name": "turns", "samples": 2}, 4),
+        ({"name": "variants", "operators": ["length", "format"]}, 3),
+        ({"name": "pass_at_k", "k": [2]}, 2),
+    ],
+)
+async def test_the_attempts_that_are_checked_are_those_that_are_played(
+    monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], times: int
+) -> None:
+    environment = board()
+    made = await player(environment, FakePolicy(says), [table])
+    (settings,) = made.settings.protocols
+    monkeypatch.setattr("mulligan.trainer.evaluation.MOST_ATTEMPTS", 4 * times)
+    check_attempts([(made.info, made.tasks)], made.settings)
+    monkeypatch.setattr("mulligan.trainer.evaluation.MOST_ATTEMPTS", 4 * times - 1)
+    with pytest.raises(DomainError, match=r"as 4 test tasks of 'fake' are played"):
+        check_attempts([(made.info, made.tasks)], made.settings)
+    await protocols.PROTOCOLS.find(settings.name).run(made, made.tasks, settings)
+    assert made.progress.ended == 4 * times
+
+
+async def test_what_is_too_much_at_one_sample_is_a_matter_of_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mulligan.trainer.evaluation.MOST_ATTEMPTS", 19)
+    made = await player(board(), FakePolicy(says), [{"name": "variants"}])
+    with pytest.raises(DomainError) as caught:
+        check_attempts([(made.info, made.tasks)], made.settings, "evaluation.")
+    assert caught.value.metadata["field"] == "evaluation.tasks"
+    assert caught.value.message == (
+        "evaluation.tasks: expected at most 3, as 4 test tasks of 'fake' are played, 5 attempts for each sample of "
+        "protocols[0] ('variants'), and 19 attempts are the most; got 4"
+    )
+
+
+async def test_of_attempts_that_all_failed_each_kind_of_cause_is_told_once() -> None:
+    """Each attempt has an incident of its own."""
+    errors = [fault(error("secret")) for error in (*[RuntimeError] * 9, ValueError, *[KeyError] * 9)]
+    failed = [replace(Sample.planned("s", "first", ""), error=error) for error in errors]
+    made = await player(board(), FakePolicy(says))
+    with pytest.raises(EvaluationFailed) as caught:
+        await measure(made, 0, failed)
+    causes = str(caught.value).removeprefix("no attempt could be finished: ").split("; ")
+    assert [cause.partition(",")[0] for cause in causes] == ["KeyError", "RuntimeError", "ValueError"]
+    assert set(causes) <= set(errors), "the log has one of the incidents of each kind"
 
 
 async def test_progress_is_told_of_each_protocol() -> None:

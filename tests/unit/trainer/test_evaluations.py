@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections import Counter, defaultdict
 from collections.abc import Collection
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mulligan.common.errors import DomainError, Reason
+from mulligan.common.errors import DomainError, Reason, fault, incident
 from mulligan.common.inference import (
     CallOptions,
     CanaryProbe,
@@ -182,6 +184,51 @@ def test_an_evaluation_whose_weights_are_gone_is_told_as_lost_and_the_run_goes_o
     (told,) = [text for text in notices(world.run()) if "is lost" in text]
     assert told.startswith("the evaluation after step 0 is lost: it was cut off, and its weights cannot be published")
     assert world.run().summary()["test_success_before"] is None
+
+
+class FailingOnce:
+    """Fails to give the second policy its weights, once."""
+
+    def __init__(self, world: EvaluatedWorld, error: Exception):
+        self._update = world.policy.update_weights
+        self._error: Exception | None = error
+        world.policy.update_weights = self._called  # type: ignore[method-assign]
+
+    async def _called(self, weights: PublishedWeights, policy: str = "") -> float | None:
+        if policy == "second" and self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return await self._update(weights, policy)
+
+
+def cut_beside_its_first_evaluation(folder: Path) -> EvaluatedWorld:
+    world = EvaluatedWorld(folder, 0, seconds=VERY_LONG, **ONE_AT_THE_START)
+    world.kill_at = 3
+    with pytest.raises(Crash):
+        train(world)
+    return world
+
+
+def test_those_who_watch_are_told_no_path_of_weights_that_are_gone(tmp_path: Path) -> None:
+    world = cut_beside_its_first_evaluation(tmp_path)
+    FailingOnce(world, gone := FileNotFoundError(errno.ENOENT, "not there", "/home/secret/w 1"))
+    with structlog.testing.capture_logs() as logs:
+        train(world)
+    assert world.evaluations == {STEPS: 1}
+    (told,) = [text for text in notices(world.run()) if "is lost" in text]
+    assert told.endswith(f"its weights cannot be published again: {fault(gone)}")
+    (logged,) = [entry for entry in logs if "incident" in entry]
+    assert logged["incident"] == incident(gone) and logged["exc_info"] is gone
+
+
+def test_trouble_that_passes_costs_no_evaluation(tmp_path: Path) -> None:
+    world = cut_beside_its_first_evaluation(tmp_path)
+    FailingOnce(world, OSError(errno.EMFILE, "too many open files"))
+    with pytest.raises(OSError, match="too many open files"):
+        train(world)
+    train(world)
+    assert world.evaluations == {0: 1, STEPS: 1} and world.measured == {0: {0}, STEPS: {STEPS}}
+    assert not any("is lost" in text for text in notices(world.run()))
 
 
 def test_a_run_that_stops_saves_before_it_waits_for_an_evaluation(tmp_path: Path) -> None:

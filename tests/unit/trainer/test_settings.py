@@ -582,6 +582,7 @@ def test_lists_that_a_caller_gives_are_bounded() -> None:
             "rollout.tasks_per_step",
             "1638 with rollouts_per_task = 4 and max_staleness = 9",
         ),
+        ({"rollout": {"rollouts_per_task": 649, "max_staleness": 100}}, "rollout.rollouts_per_task", "648 with max_st"),
         ({"sampler": {"name": "weakest", "repeats": 101}}, "sampler.repeats", "100"),
     ],
 )

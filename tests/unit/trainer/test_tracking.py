@@ -138,10 +138,15 @@ async def test_a_hanging_writer_keeps_nothing_waiting(
 
 async def test_of_runs_that_ended_nothing_is_kept(tmp_path: Path, writer: MadeWriter, notices: list[str]) -> None:
     """Their names are the callers', and a trainer has runs without end."""
+
+    def is_kept() -> bool:
+        with tracking._FOLDERS_LOCK:  # writers add to it in threads
+            return any(folder.is_relative_to(tmp_path) for folder in tracking._FOLDERS)
+
     for number in range(5):
         async with opened(tmp_path / f"run-{number}", EventLog(tmp_path / f"{number}.jsonl"), notices):
-            await until(lambda: any(one.is_relative_to(tmp_path) for one in tracking._FOLDERS))
-    assert not any(folder.is_relative_to(tmp_path) for folder in tracking._FOLDERS)
+            await until(is_kept)
+    assert not is_kept()
 
 
 async def test_a_writer_that_is_gone_is_a_notice_of_a_resumed_run(tmp_path: Path, notices: list[str]) -> None:

@@ -97,8 +97,9 @@ def test_on_two_machines_processes_that_would_not_find_each_other_again_do_not_s
 ) -> None:
     flags = two_machines()
     torchruns = [torchrun(*flags, own_store=False) for _ in range(2)]
-    for number, one in enumerate(torchruns):
-        assert one.wait(300) != 0
-        log = (tmp_path / f"torchrun-{number}.log").read_text()
-        assert log.count(f"{_OWN_STORE}: expected 1") == 1, "torchrun does not start them again"
+    assert all(one.wait(300) != 0 for one in torchruns)
+    logs = [(tmp_path / f"torchrun-{number}.log").read_text() for number in range(2)]
+    told = [log.count(f"{_OWN_STORE}: expected 1") for log in logs]
+    # The first that ends may take the other one's torchrun with it before that one's process has said anything.
+    assert max(told) == 1, f"one says it, and torchrun does not start them again: {told}"
     assert not (tmp_path / "joined").exists()
