@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -77,7 +78,7 @@ class Continuation:
     """The next turn of a conversation: the prompt is exactly `token_ids`, then what the template adds for
     `messages`."""
 
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     turn_closed: bool  # whether the last sampled token closed its turn
     messages: tuple[Message, ...]
 

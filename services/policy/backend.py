@@ -129,8 +129,8 @@ class ModelInfo:
     features: frozenset[Feature]
     adapters: tuple[str, ...] = ()  # fixed LoRA adapters by name
     lora: LoraLimits = LoraLimits()
-    # Samples that run or wait at a time: more are refused with QUEUE_FULL before the engine is asked. 0: `max_queue` of
-    # the settings, and those of one call.
+    # Samples that run or wait at a time: more are refused with QUEUE_FULL before the engine is asked. 0 means unknown:
+    # then at most `max_queue` and the most samples of one call.
     capacity: int = 0
 
 
@@ -254,7 +254,9 @@ class Backend(Protocol):
         """The same in parts, as they are sampled. Closing the iterator stops the generation."""
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
-        """Log-probabilities of softmax(logits / temperature) of valid sequences. Raises as `generate` does."""
+        """Log-probabilities of softmax(logits / temperature) of valid sequences. These may be fields of a message of
+        many megabytes, and lists of them take ten times as much: a backend makes lists of a few at a time. Raises as
+        `generate` does."""
 
     async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
         """Loads these weights into every replica, has each checked by `admit`, and serves them from now on.

@@ -158,9 +158,14 @@ class Deployment:
                 self._changed.wake_all()
 
     def refuse_full(self, count: int) -> None:
-        """Raises DomainError QUEUE_FULL if there is no room for so many samples: then nothing is made for them."""
-        if self._samples + count > self._most_samples:
-            message = f"{self._samples} of at most {self._most_samples} samples run or wait: no room for {count} more"
+        """Raises DomainError QUEUE_FULL if there is no room for so many samples: then nothing is made for them. Only a
+        call that may have room later is told to come again."""
+        most = self._most_samples
+        if count > most:
+            message = f"n: expected at most {most}, the samples that this policy runs and keeps waiting, not {count}"
+            raise DomainError(Reason.QUEUE_FULL, message)
+        if self._samples + count > most:
+            message = f"{self._samples} of at most {most} samples run or wait: no room for {count} more"
             raise DomainError(Reason.QUEUE_FULL, message, retry_after=_RETRY_AFTER)
 
     @asynccontextmanager

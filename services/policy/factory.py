@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from mulligan.common.errors import DomainError, incident
+from mulligan.common.errors import DomainError, fault, incident
 from mulligan.common.extras import MissingExtra
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Backend
@@ -32,7 +32,6 @@ async def create_backend(settings: ModelSettings, folder: Path, first_version: i
         raise UnsupportedModel(f"backend {settings.backend} {error}") from error
     except Exception as error:  # a model's files make libraries fail in ways that nobody has listed
         # It may quote anything that the process knows, so callers of LoadModel get the type and the incident alone.
-        known = incident(error)
-        log.exception("a model cannot be opened", model=settings.model, backend=settings.backend, incident=known)
-        told = f"{type(error).__name__}, incident {known}: this server's log has it"
-        raise UnsupportedModel(f"{settings.model} cannot be opened: {told}") from error
+        facts = {"model": settings.model, "backend": settings.backend, "incident": incident(error)}
+        log.exception("a model cannot be opened", **facts)
+        raise UnsupportedModel(f"{settings.model} cannot be opened: {fault(error)}") from error

@@ -198,6 +198,7 @@ class Policy:
     async def score(
         self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, options: CallOptions = _PLAIN
     ) -> Scored:
+        """The sequences may be fields of a message: nothing here copies them."""
         with self._use() as deployment:
             check = partial(preflight.check_score, sequences, temperature, options.adapter, deployment.backend.model)
             await BESIDE.run(check) if sum(map(len, sequences)) > _MANY_TOKENS else check()
@@ -215,13 +216,13 @@ class Policy:
             preflight.check_tokenize(prompt, options, deployment.backend.model)
             return await tokenized_ids(deployment.backend, prompt, options.tools)
 
-    def check_count(self, field: str, count: int, session_id: str = "", *, sampled: bool = True) -> None:
-        """Raises DomainError PROMPT_TOO_LONG if token ids cannot fit, before anything is made of them. `sampled`: there
-        must be room for a further one."""
+    def check_count(self, kind: str, count: int, session_id: str) -> None:
+        """Before anything is made of the token ids of a prompt. `kind` is its name in the contract. Raises DomainError
+        UNSUPPORTED_OPTION if the engine takes none, and PROMPT_TOO_LONG if they leave no room for a sampled one."""
         found = self._sessions.get(session_id)
         model = (self.newest if found is None or found.closed else found).backend.model
-        if Feature.TOKEN_IDS in model.features:
-            preflight.check_count(field, count, model, model.context_length - sampled)
+        preflight.check_kind(kind, model)
+        preflight.check_count("prompt", count, model, model.context_length - 1)
 
     # Changes
 

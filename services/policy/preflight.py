@@ -69,8 +69,7 @@ def check_adapter(adapter: str, model: ModelInfo) -> None:
 def check_prompt(prompt: Prompt | str, options: CallOptions, model: ModelInfo) -> None:
     """That the engine takes this kind of prompt, and that it is not empty."""
     field = field_of(prompt)
-    if field != "messages":
-        _need(model, Feature.TOKEN_IDS, field)
+    check_kind(field, model)
     if options.tools:
         if field != "messages":
             raise invalid_field("tools", "none: only a prompt of messages shows tools")
@@ -82,6 +81,12 @@ def check_prompt(prompt: Prompt | str, options: CallOptions, model: ModelInfo) -
             raise _empty("continuation.token_ids", "token")
         if not prompt.messages:
             raise _empty("continuation.messages", "message")
+
+
+def check_kind(field: str, model: ModelInfo) -> None:
+    """`field` is what the contract calls this kind of prompt."""
+    if field != "messages":
+        _need(model, Feature.TOKEN_IDS, field)
 
 
 def check_tokenize(prompt: Prompt | str, options: CallOptions, model: ModelInfo) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -42,7 +42,6 @@ from mulligan.policy.wire import (
 SERVICE = "mulligan.policy.v1.PolicyService"
 ADMIN_SERVICE = "mulligan.policy.v1.PolicyAdminService"
 _BYTES_OF_A_ROUND = 20_000
-_TOKENS_OF_A_ROUND = 2**17
 
 
 def add_to_server(server: grpc.aio.Server, policies: Policies) -> list[str]:
@@ -124,11 +123,8 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 yield part_to_proto(part)
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        policy = self._policies.get(request.policy)
-        for index, sequence in enumerate(request.sequences):
-            policy.check_count(f"sequences[{index}]", len(sequence.ids), sampled=False)
-        scored = await policy.score(
-            await _rows(request.sequences),
+        scored = await self._policies.get(request.policy).score(
+            [sequence.ids for sequence in request.sequences],  # not copied: the engine does so when their turn comes
             request.temperature if request.HasField("temperature") else 1.0,
             score_options_from_proto(request),
         )
@@ -217,22 +213,10 @@ class PolicyAdminServicer(admin_grpc.PolicyAdminServiceServicer):
 
 
 def _prompt(policy: Policy, request: pb.GenerateRequest) -> Prompt:
-    """Token ids that cannot fit are refused before they become objects, which take ten times the memory."""
-    count = len(request.token_ids.ids) or len(request.continuation.token_ids)
-    policy.check_count("prompt", count, request.session_id)
+    """Token ids that are refused never become objects, which take ten times the memory."""
+    if count := len(request.token_ids.ids) or len(request.continuation.token_ids):
+        policy.check_count(request.WhichOneof("prompt") or "", count, request.session_id)
     return prompt_from_proto(request)
-
-
-async def _rows(sequences: Iterable[pb.TokenIds]) -> list[list[int]]:
-    rows = []
-    count = 0
-    for sequence in sequences:
-        rows.append(list(sequence.ids))
-        count += len(rows[-1])
-        if count > _TOKENS_OF_A_ROUND:
-            await asyncio.sleep(0)
-            count = 0
-    return rows
 
 
 async def _chunks(requests: AsyncIterator[admin_pb.UploadWeightsRequest]) -> AsyncIterator[bytes]:

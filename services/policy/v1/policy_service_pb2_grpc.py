@@ -144,8 +144,9 @@ class PolicyServiceServicer:
         token of the vocabulary; and one with a text that alone has more tokens than the context, whatever the template
         shows of it.
         FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: the request is a
-        continuation, and the model's chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a
-        RetryInfo: there is no room for all samples of the request.
+        continuation, and the model's chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL: there is no room
+        for all samples of the request. With a RetryInfo there may be room later. Without one there never is: n is more than
+        the policy runs and keeps waiting at a time, and the message says how many that are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -240,7 +240,7 @@ async def test_whatever_a_library_raises_is_told_by_its_type_and_nothing_stops(
         monkeypatch.setattr(transformers_backend, "_Loaded", lambda settings: 1 / 0)
         with pytest.raises(DomainError, match="mine cannot be opened: ZeroDivisionError, incident ") as caught:
             await served.client.load_model("actor", str(folder))
-        found = re.search("incident ([0-9a-f]{8}): this server's log has it", caught.value.message)
+        found = re.search("incident ([0-9a-f]{8}): the server's log has it", caught.value.message)
         logged = capfd.readouterr().out
         assert found and found[1] in logged and "division by zero" in logged
         assert "division by zero" not in caught.value.message

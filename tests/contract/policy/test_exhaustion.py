@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mulligan.common.errors import Code, DomainError, Reason, ServiceUnavailable
 from mulligan.common.inference import (
     CallOptions,
     Continuation,
+    Feature,
     Message,
     Role,
     SamplingParams,
@@ -28,6 +30,7 @@ from mulligan.common.inference import (
 )
 from mulligan.common.v1 import message_pb2
 from mulligan.policy import servicer
+from mulligan.policy.backend import Scored
 from mulligan.policy.backends.transformers.constraints import Constraint, Constraints
 from mulligan.policy.huggingface.tokenizer import Tokenizer
 from mulligan.policy.policy import Policy
@@ -36,7 +39,7 @@ from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from tests.support.llama_model import CONTEXT_LENGTH, TOOLS_TEMPLATE, write_llama_model
 from tests.support.policy import Serving, serving
-from tests.support.scripted import Opened
+from tests.support.scripted import Opened, ScriptedBackend
 from tests.support.waiting import until
 
 ROOM = CONTEXT_LENGTH - 1
@@ -331,12 +334,37 @@ async def test_an_engine_is_asked_for_no_more_samples_than_it_takes(
         monkeypatch.setattr(running.backend, "generate", counted)
         most = running.backend.model.capacity
         assert most == (3 if running.backend.model.deterministic else 5)
-        assert await is_full(running.client.sample((USER,), SHORT_HOT, most + 1))
+        error = await refused(running.client.sample((USER,), SHORT_HOT, most + 1))
+        assert (error.code, error.reason, error.retry_after) == (Code.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL, None)
+        assert error.message.startswith(f"n: expected at most {most}, ") and error.message.endswith(f" not {most + 1}")
         assert begun == 0
         assert len(await running.client.sample((USER,), SHORT_HOT, most)) == most == begun
 
 
 SHORT_HOT = SamplingParams(temperature=1.0, max_tokens=1)
+
+
+async def test_a_request_that_never_has_room_is_not_told_to_come_again() -> None:
+    """However it comes, and also while others run. A client would repeat it until its outage time is over."""
+    opened = Opened(capacity=3)
+    async with serving("one", create=opened.create) as running:
+        opened["one"].go_on.clear()
+        others = asyncio.create_task(running.client.sample(said("hi"), SHORT_HOT, 2))
+        await until(lambda: len(opened["one"].asks) == 2)
+        for call in (
+            running.client.sample(said("hi"), SHORT_HOT, 4),
+            anext(running.client.stream(said("hi"), SHORT_HOT, 4)),
+        ):
+            error = await refused(call)
+            assert (error.reason, error.retry_after) == (Reason.QUEUE_FULL, None)
+        async with grpc.aio.insecure_channel(running.address) as channel:
+            answers = [message async for message in stub_of(channel).GenerateMany(many(1, 4))]
+            [item] = answers[0].items
+            assert item.error.reason == Reason.QUEUE_FULL and not item.error.HasField("retry_delay")
+        assert await is_full(running.client.sample(said("hi"), SHORT_HOT, 3)), "this one has room later"
+        opened["one"].go_on.set()
+        await others
+        assert len(await running.client.sample(said("hi"), SHORT_HOT, 3)) == 3
 
 
 async def test_prompts_of_one_call_are_begun_in_several_rounds_of_the_event_loop(
@@ -384,7 +412,6 @@ async def test_token_ids_that_cannot_fit_never_become_objects(
         raise AssertionError("made")
 
     monkeypatch.setattr(servicer, "prompt_from_proto", made)
-    monkeypatch.setattr(servicer, "_rows", made)
     for call, field, count in (
         (client.generate([1] * 32, SHORT), "prompt", "32"),
         (client.generate([1] * 1_000_000, SHORT), "prompt", "1000000"),
@@ -395,6 +422,56 @@ async def test_token_ids_that_cannot_fit_never_become_objects(
         error = await refused(call)
         assert error.reason is Reason.PROMPT_TOO_LONG
         assert error.metadata == {"field": field, "token_count": count, "context_length": "32"}
+
+
+COPIED = 300_000  # token ids, which take 36 bytes each where they are copied
+
+
+async def peak(call: Awaitable[Any]) -> int:
+    """Bytes that Python and numpy took at most, at one time. The message that the call reads is not among them."""
+    tracemalloc.start()
+    try:
+        await call
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+async def test_token_ids_of_a_message_are_not_copied_where_their_number_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[list[int]]] = []
+
+    async def score(backend: Any, sequences: Any, temperature: float, adapter: str = "") -> Scored:
+        asked.append([list(ids[-2:]) for ids in sequences])
+        return Scored(((),) * len(sequences), 0)
+
+    monkeypatch.setattr(ScriptedBackend, "score", score)
+    ids = pb.TokenIds(ids=range(10**6, 10**6 + COPIED))
+    longer = pb.TokenIds(ids=range(10**6, 10**6 + COPIED + 1))
+    messages = [message_pb2.Message(role=message_pb2.ROLE_USER, content="A")]
+    continued = pb.Continuation(token_ids=longer.ids, messages=messages)
+    plain, words = (
+        Opened(context_length=COPIED, vocabulary_size=2**31 - 1),
+        Opened(features=frozenset(Feature) - {Feature.TOKEN_IDS}),
+    )
+    async with serving("one", create=plain.create) as tokens, serving("one", create=words.create) as texts:
+        service, without = servicer.PolicyServicer(tokens.policies), servicer.PolicyServicer(texts.policies)
+        generates = [pb.GenerateRequest(token_ids=longer), pb.GenerateRequest(continuation=continued)]
+        too_long = [service.Generate(request, None) for request in generates]
+        too_long.append(service.Score(pb.ScoreRequest(sequences=[longer] * 9), None))
+        for call in too_long:
+            assert await peak(is_refused(call, Reason.PROMPT_TOO_LONG)) < COPIED
+        for call in [without.Generate(request, None) for request in generates]:
+            assert await peak(is_refused(call, Reason.UNSUPPORTED_OPTION)) < COPIED
+        assert await peak(service.Tokenize(pb.TokenizeRequest(continuation=continued), None)) < COPIED
+        assert await peak(service.Score(pb.ScoreRequest(sequences=[ids] * 9), None)) < 12 * COPIED, "8 of one's check"
+        assert asked == [[[10**6 + COPIED - 2, 10**6 + COPIED - 1]] * 9]
+        assert await peak(asyncio.to_thread(list, ids.ids)) > 30 * COPIED, "so it would be seen"
+
+
+async def is_refused(call: Awaitable[Any], reason: Reason) -> None:
+    assert (await refused(call)).reason is reason
 
 
 def kept_by_re(pattern: str) -> bool:

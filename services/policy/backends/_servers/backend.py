@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
@@ -35,6 +35,7 @@ _ATTEMPTS = 10  # at servers that fail one after the other
 _RETRY_SECONDS = 0.05
 _RETRY_AFTER = timedelta(seconds=1)
 _SCORED_AT_ONCE = 256  # sequences of one call
+_TOKENS_AT_ONCE = 2**20  # of these sequences, unless one alone has more
 _FAILURES = (Unreachable, BadAnswer, Aborted)
 
 
@@ -191,9 +192,8 @@ class ServersBackend(ABC):
         self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str
     ) -> list[tuple[int, tuple[float, ...]]]:
         found = []
-        for begin in range(0, len(sequences), _SCORED_AT_ONCE):
-            some = sequences[begin : begin + _SCORED_AT_ONCE]
-            found += await gather_or_cancel(self._score(ids, temperature, adapter) for ids in some)
+        for some in _batches(sequences):
+            found += await gather_or_cancel(self._score(list(ids), temperature, adapter) for ids in some)
         return found
 
     async def _score(self, ids: Sequence[int], temperature: float, adapter: str) -> tuple[int, tuple[float, ...]]:
@@ -286,6 +286,17 @@ class ServersBackend(ABC):
         self, server: EngineServer, connection: HttpConnection, target: TargetWeights, ask: Ask
     ) -> AsyncIterator[Sampled]:
         """Raises as `_generate_at` does."""
+
+
+def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+    """In order, by the limits of sequences and of tokens."""
+    begin = count = 0
+    for end, ids in enumerate(sequences):
+        if end > begin and (end - begin == _SCORED_AT_ONCE or count + len(ids) > _TOKENS_AT_ONCE):
+            yield sequences[begin:end]
+            begin, count = end, 0
+        count += len(ids)
+    yield sequences[begin:]
 
 
 def _after(ask: Ask, part: Sampled) -> Ask:

@@ -31,7 +31,8 @@ from mulligan.policy.model_settings import ModelSettings
 
 # Of the process when it starts: what an engine's thread is told changes what torch answers later.
 _CORES = torch.get_num_threads()
-# Compiles what constrains samples, which takes seconds where a caller wants it to: nobody else waits for these threads.
+# Compiles what constrains samples, which takes seconds where a caller wants it to: only constrained samples wait for
+# these threads.
 _GRAMMARS = WorkThreads(2, "policy-grammars")
 _FEATURES = frozenset(
     [

@@ -7,6 +7,7 @@ import asyncio
 import copy
 import json
 import math
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from mulligan.common.errors import Code, DomainError, Reason
 from mulligan.common.inference import Feature, LoraLimits, SamplingParams, WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.models import EMBEDDED
@@ -32,6 +34,7 @@ from mulligan.policy.backends.vllm import requests
 from mulligan.policy.backends.vllm.backend import VllmBackend
 from mulligan.policy.backends.vllm.connection import VllmConnection
 from mulligan.policy.backends.vllm.server import VllmServer
+from tests.support.policy import serving
 from tests.support.settings import model_settings
 from tests.support.sglang import lora
 from tests.support.waiting import until
@@ -56,7 +59,8 @@ def events() -> list[requests.VllmAnswer]:
 
 
 class Replaying:
-    """Answers as the recorded server did, and notes what it was asked."""
+    """Answers as the recorded server did, and notes what it was asked. It takes no constraint, as if each were bad, and
+    no temperature above 2."""
 
     def __init__(self, recorded: dict[str, Any]):
         self.asked: list[tuple[str, Any]] = []
@@ -94,12 +98,16 @@ class Replaying:
         return web.json_response(found.get(request.path, {}))
 
     async def sampled(self, body: Any) -> web.Response:
+        params = body["sampling_params"]
+        if "structured_outputs" in params or params.get("temperature", 1.0) > 2:
+            refusal = self.recorded["bad_regex" if "structured_outputs" in params else "too_hot"]
+            return web.json_response(refusal["body"], status=refusal["status"])
         self.in_flight.append(self.in_flight[-1] + 1)
         await self.runs.wait()
         self.in_flight.append(self.in_flight[-1] - 1)
         if body.get("stream"):
             return web.Response(text=self.recorded["stream"].replace('"default"', f'"{self.label}"'))
-        forced = "logprob_token_ids" in body["sampling_params"]
+        forced = "logprob_token_ids" in params
         return web.json_response(self.recorded["forced" if forced else "score"])
 
 
@@ -375,6 +383,35 @@ async def test_a_server_that_comes_back_during_an_update_is_given_the_new_weight
         names = [body["new_version"] for path, body in restored.asked[seen:] if path == "/update_weight_version"]
         assert names == ["1-original-unchecked", "1-original"]
         await backend.close()
+
+
+async def test_what_the_server_refuses_is_a_field_of_the_callers_request() -> None:
+    """Of a regular expression the policy itself knows nothing. The server goes on serving."""
+    models = copy.deepcopy(RECORDED["models"])
+    models["data"][0]["root"] = str(EMBEDDED)
+    async with (
+        at_an_address(models=models) as (address, seen),
+        serving(EMBEDDED, backend="vllm", vllm={"servers": (address,)}) as served,
+    ):
+        for sampling, field in (
+            (SamplingParams(regex="((("), "sampling.regex"),
+            (SamplingParams(json_schema='{"type": "banana"}'), "sampling.json_schema"),
+            (SamplingParams(temperature=2.5), "sampling"),
+        ):
+            for call in (served.client.generate([20], sampling), anext(served.client.stream([20], sampling))):
+                before = len(seen.asked)
+                with pytest.raises(DomainError) as caught:
+                    await call
+                error = caught.value
+                assert (error.code, error.reason) == (Code.INVALID_ARGUMENT, Reason.INVALID_FIELD)
+                assert error.metadata["field"] == field
+                assert re.fullmatch(
+                    rf"{field}: expected what vLLM takes: .* refuses it: incident \w{{8}}.*", error.message
+                )
+                asked = [path for path, _ in seen.asked[before:]]
+                assert asked.count("/inference/v1/generate") == 1, "it is not tried again"
+        [replica] = (await served.client.info()).replicas
+        assert replica.serving
 
 
 async def test_refusals_and_failures_are_told_apart() -> None:
