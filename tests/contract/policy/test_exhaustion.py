@@ -458,7 +458,7 @@ async def test_token_ids_of_a_message_are_not_copied_where_their_number_decides(
     async with serving("one", create=plain.create) as tokens, serving("one", create=words.create) as texts:
         service, without = servicer.PolicyServicer(tokens.policies), servicer.PolicyServicer(texts.policies)
         generates = [pb.GenerateRequest(token_ids=longer), pb.GenerateRequest(continuation=continued)]
-        too_long = [service.Generate(request, None) for request in generates]
+        too_long: list[Awaitable[Any]] = [service.Generate(request, None) for request in generates]
         too_long.append(service.Score(pb.ScoreRequest(sequences=[longer] * 9), None))
         for call in too_long:
             assert await peak(is_refused(call, Reason.PROMPT_TOO_LONG)) < COPIED
