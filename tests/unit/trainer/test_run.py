@@ -61,6 +61,7 @@ class World:
                 "environment": "fake",
                 "steps": STEPS,
                 "checkpoint_every": 2,
+                "keep_checkpoints": 3,  # with fewer, when checkpoints come depends on how long saving takes
                 "deterministic": True,
                 "rollout": {"tasks_per_step": 2, "rollouts_per_task": 2} | changes.pop("rollout", {}),
                 "evaluation": {"every": 2, "samples": 1},
@@ -159,13 +160,14 @@ CHOOSY: list[dict[str, Any]] = [
 ]
 
 
-@example(crashes=[15, 15, 0], torn=34)  # two torn ends make a whole frame, with a wrong checksum
+@example(crashes=[15, 15, 0], torn=34, every=2)  # two torn ends make a whole frame, with a wrong checksum
 @settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(crashes=st.lists(st.integers(0, 90), min_size=1, max_size=4), torn=st.integers(0, 40))
+@given(crashes=st.lists(st.integers(0, 90), min_size=1, max_size=4), torn=st.integers(0, 40), every=st.integers(1, 3))
 def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
-    tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any, crashes: list[int], torn: int
+    tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any, crashes: list[int], torn: int, every: int
 ) -> None:
-    world = World(tmp_path_factory.mktemp("cut"))
+    """`every`: steps between checkpoints."""
+    world = World(tmp_path_factory.mktemp("cut"), checkpoint_every=every)
     crash(world, crashes, torn)
     assert world.result() == uninterrupted
     sampled = sampled_parts(world)
