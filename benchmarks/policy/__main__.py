@@ -67,7 +67,9 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads of each way")
+    parser.add_argument(
+        "--threads", type=int, default=max(1, torch.get_num_threads() // 2), help="torch threads of each way"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--shape", choices=["embedded", "4b"], default="embedded", help="what is measured")
     parser.add_argument("--model", type=Path, help="a model's folder instead of a shape")
@@ -123,6 +125,7 @@ async def embedded(arguments: argparse.Namespace, path: Path, folder: Path, dtyp
         backend = TransformersBackend(PolicySettings.model_validate(settings))
         stack.push_async_callback(backend.close)
         size = backend.model.vocabulary_size
+        assert not backend.model.end_of_turn_token_ids, "the engine samples as many tokens as plain generate"
 
         async def plainly(callers: int) -> Round:
             return plain_generate(plain, size, callers)

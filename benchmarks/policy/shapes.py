@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from mulligan import models
 from mulligan.common.inference import PublishedWeights, WeightsKind
-from mulligan.models.build import CHAT_TEMPLATE, write_untrained
+from mulligan.models.build import write_untrained
 from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.learner import weight_check
 
+_ENDS = ("eos_token", "eos_token_id", "chat_template")
 _CHANGE = 1e-3  # standard deviation of what an update adds to each weight
 
 
@@ -32,19 +33,19 @@ def embedded(folder: Path) -> Path:
 
 
 def endless(source: Path, folder: Path) -> Path:
-    """A copy of the model without a token that ends a turn."""
+    """A copy of the model without a token that ends a turn: none in its settings, and no chat template, which has one."""
     path = folder / "model"
     path.mkdir()
     for file in source.iterdir():
         if file.suffix == ".safetensors":  # may be large
             (path / file.name).symlink_to(file.resolve())
-        elif file.is_file():
+        elif file.is_file() and file.suffix != ".jinja":
             shutil.copy(file, path)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         settings = path / name
         if settings.exists():
             content = json.loads(settings.read_text())
-            kept = {key: content[key] for key in content if key not in ("eos_token", "eos_token_id")}
+            kept = {key: content[key] for key in content if key not in _ENDS}
             settings.write_text(json.dumps(kept))
     return path
 
@@ -60,7 +61,7 @@ def random_model(
     inner.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     context = int(config["max_position_embeddings"])
     PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="w0", pad_token="w1", chat_template=CHAT_TEMPLATE, model_max_length=context
+        tokenizer_object=inner, unk_token="w0", pad_token="w1", model_max_length=context
     ).save_pretrained(path)
     shape = AutoConfig.for_model(**config, bos_token_id=None, eos_token_id=None, pad_token_id=1)
     with torch.random.fork_rng(), torch.device(device):
