@@ -33,7 +33,7 @@ def embedded(folder: Path) -> Path:
 
 
 def endless(source: Path, folder: Path) -> Path:
-    """A copy of the model without a token that ends a turn: none in its settings, and no chat template, which has one."""
+    """A copy of the model without a token that ends a turn, in its settings or in a chat template."""
     path = folder / "model"
     path.mkdir()
     for file in source.iterdir():

@@ -176,7 +176,8 @@ class _Group:
     """Requests that attend together: their queries padded to Q, their keys read up to L.
 
     `slots` is a range that covers the requests' slots where that is dense enough to read it in place; otherwise the
-    slots themselves, which are copied together first.
+    slots themselves, which are copied together first. Two things that are so in most passes spare work in every layer:
+    `is_packed`, the rows are the packed tokens as they are; `sees_all`, every query sees all keys that are read.
     """
 
     def __init__(self, packed: Packed, first: int, last: int, device: torch.device):
@@ -200,13 +201,18 @@ class _Group:
         self.device = device
         self.length = int(packed.positions[begin:end].max()) + 1
         self.slots: slice | torch.Tensor = slice(low, high) if in_place else torch.from_numpy(slots_R).to(device)
+        tokens = np.arange(len(packed.positions))
+        self.is_packed = np.array_equal(padded_GQ.reshape(-1), tokens) and np.array_equal(back_N, tokens)
+        self.sees_all = width == 1 and bool((packed.positions[padded_GQ] == self.length - 1).all())
         self.packed = torch.from_numpy(padded_GQ.reshape(-1)).to(device)
         self.back = torch.from_numpy(back_N).to(device)
         self._positions_GQ = torch.from_numpy(np.minimum(packed.positions[padded_GQ], self.length - 1)).to(device)
         self._masks: dict[int | None, torch.Tensor] = {}
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Additive, [G, 1, Q, L]; the same for all layers of one kind."""
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """Additive, [G, 1, Q, L]; the same for all layers of one kind. None where nothing is masked."""
+        if self.sees_all and (window is None or window >= self.length):
+            return None
         if window not in self._masks:
             key_L = torch.arange(self.length, device=self.device)
             query_GQ1 = self._positions_GQ[:, :, None]
@@ -292,7 +298,8 @@ class SlotAttention:
         window: int | None,
         shared_heads: bool,
     ) -> torch.Tensor:
-        query_GQHD = query_NHD.index_select(0, group.packed).unflatten(0, (group.size, group.width))
+        query_NHD = query_NHD if group.is_packed else query_NHD.index_select(0, group.packed)
+        query_GQHD = query_NHD.unflatten(0, (group.size, group.width))
         output_GHQD = scaled_dot_product_attention(
             query_GQHD.transpose(1, 2),
             _read(keys, group),
@@ -301,7 +308,8 @@ class SlotAttention:
             scale=scale,
             enable_gqa=shared_heads,
         )
-        return output_GHQD.transpose(1, 2).flatten(0, 1).index_select(0, group.back)
+        output_NHD = output_GHQD.transpose(1, 2).flatten(0, 1)
+        return output_NHD if group.is_packed else output_NHD.index_select(0, group.back)
 
 
 def _read(store: torch.Tensor, group: _Group) -> torch.Tensor:
