@@ -64,6 +64,11 @@ class BackendSettings(PluginSettings):
         """Two engines with the same setup give the same checksum for the same weights."""
         return ()
 
+    @property
+    def is_guest(self) -> bool:
+        """Whether the servers of `exclusive` are another policy's, whose weights this one leaves as they are."""
+        return False
+
     def addresses(self, name: str) -> tuple[str, ...]:
         """Those in one of the fields that `credentials` names."""
         value = getattr(self, name)

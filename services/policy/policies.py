@@ -25,6 +25,7 @@ from mulligan.common.files import make_folder
 from mulligan.common.inference import (
     CallOptions,
     Completion,
+    Feature,
     PolicyInfo,
     PolicyVersion,
     Prompt,
@@ -155,6 +156,12 @@ class Policies(Collector):
         await self._change(policy, lambda deployment: deployment.rollback(policy_version))
 
     async def release_memory(self, policy: str = "") -> None:
+        """Raises DomainError UNSUPPORTED_OPTION, too, while another policy is a guest on the servers."""
+        servers = servers_of(self.get(policy).newest.settings)
+        for guest in self._policies.values():
+            if any(one.own.is_guest and servers.keys() & servers_of(one) for one in guest.settings):
+                message = f"policy: {guest.name} is a guest on its servers (adapters_only): unload it first"
+                raise DomainError(Reason.UNSUPPORTED_OPTION, message, field="policy", feature=Feature.MEMORY_RELEASE)
         await self._change(policy, Deployment.release_memory)
 
     async def resume_memory(self, policy: str = "") -> None:
@@ -316,11 +323,12 @@ class Policies(Collector):
         for policy in self._policies.values():
             for taken in policy.settings:
                 shared = sorted(servers.keys() & servers_of(taken))
-                if shared:
+                if shared and settings.own.is_guest == taken.own.is_guest:
                     field = servers[shared[0]]
-                    message = (
-                        f"{field}: {shared[0]} serves the policy {policy.name}, and a server holds one model's weights"
-                    )
+                    limit = "a server has one guest (adapters_only)"
+                    if not taken.own.is_guest:
+                        limit = "a server holds one model's weights; with adapters_only the other takes adapters alone"
+                    message = f"{field}: {shared[0]} serves the policy {policy.name}, and {limit}"
                     raise DomainError(Reason.INVALID_SETTING, message, field=field)
 
     def _folder(self, name: str) -> Path | None:

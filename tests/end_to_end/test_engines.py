@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import WeightsKind
 from mulligan.models import EMBEDDED
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop, small_run
@@ -26,7 +29,9 @@ def loop(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFac
     address = sglang_address()
     asyncio.run(restore("sglang"))  # the name that it serves under is the path of its last weights
     hosted = {"backend": "openai", "model": served_name(address), "openai": {"base_url": f"{address}/v1"}}
-    policy = {"backend": "sglang", "model": EMBEDDED, "sglang": {"servers": [address]}, "policies": {"hosted": hosted}}
+    second = {"backend": "sglang", "model": str(EMBEDDED), "sglang": {"servers": [address], "adapters_only": True}}
+    policies = {"hosted": hosted, "second": second}
+    policy = {"backend": "sglang", "model": EMBEDDED, "sglang": {"servers": [address]}, "policies": policies}
     yield Loop.start(shared_services, tmp_path_factory.mktemp("loop"), policy=policy)
     shared_services.end()
     asyncio.run(restore("sglang"))
@@ -52,6 +57,24 @@ async def test_adapters_are_trained_on_sglang(loop: Loop) -> None:
     await loop.train("lora", small_run(steps=1, model={"source": "embedded", "lora": LORA}))
     (metrics,) = await loop.metrics("lora")
     assert metrics["canary_difference"] < 1e-4 and metrics["excluded"] == 0 and metrics["grad_norm"] > 0
+
+
+async def test_adapters_are_evaluated_beside_training_on_the_same_server(loop: Loop) -> None:
+    """The second policy has the evaluated adapter there, while the first takes the next ones."""
+    changes: dict[str, Any] = {
+        "evaluation": {"every": 1, "samples": 2, "tasks": 8},
+        "policies": {"evaluator": "second"},
+    }
+    info = await loop.train("beside", small_run(steps=3, model={"source": "embedded", "lora": LORA}, **changes))
+    assert info.step == 3
+    summary = json.loads((loop.folder / "runs" / "beside" / "summary.json").read_text())
+    assert [point["step"] for point in summary["evaluations"]] == [0, 1, 2, 3]
+    policy = PolicyClient(Endpoint(loop.policy.address))
+    versions = await policy.versions("second")
+    assert [one.kind for one in versions] == [*[WeightsKind.LORA] * 4, WeightsKind.ORIGINAL], "one for each evaluation"
+    await policy.close()
+    log = (loop.folder / "runs" / "beside" / "events.jsonl").read_text()
+    assert "the learner waits for each evaluation" not in log
 
 
 async def test_an_endpoint_is_measured_and_not_trained(loop: Loop) -> None:

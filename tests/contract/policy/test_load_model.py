@@ -152,6 +152,27 @@ async def test_no_two_models_set_the_weights_of_one_server() -> None:
         await Policies.open(settings, Opened().create)
 
 
+async def test_a_server_has_one_policy_that_sets_its_weights_and_one_guest() -> None:
+    second = {"backend": "sglang", "model": "two", "sglang": {"servers": ("http://h:1",), "adapters_only": True}}
+    settings: dict[str, Any] = {"sglang": {"servers": ("http://h:1",)}, "policies": {"second": second}}
+    async with started(backend="sglang", **settings, **HOSTS) as running:
+        await running.serves("one", 0)
+        await running.serves("two", 0, "second")
+        guest: dict[str, Any] = {"sglang.servers": ["http://h:1"], "sglang.adapters_only": True}
+        error = await refused(running.client.load_model("third", "three", "sglang", guest), Reason.INVALID_SETTING)
+        assert error.message == (
+            "sglang.servers: http://h:1 serves the policy second, and a server has one guest (adapters_only)"
+        )
+        owner = {"sglang.servers": ["http://h:1"]}
+        error = await refused(running.client.load_model("third", "three", "sglang", owner), Reason.INVALID_SETTING)
+        assert "serves the policy actor, and a server holds one model's weights" in error.message
+        error = await refused(running.client.release_memory(), Reason.UNSUPPORTED_OPTION)
+        assert error.message == "policy: second is a guest on its servers (adapters_only): unload it first"
+        lonely = {"sglang.adapters_only": True}
+        error = await refused(running.client.load_model("third", "three", "sglang", lonely), Reason.INVALID_SETTING)
+        assert error.metadata["field"] == "sglang.adapters_only" and "it needs `servers`" in error.message
+
+
 async def test_a_server_is_free_when_the_model_of_its_policy_is_closed(running: Running) -> None:
     load_model = running.client.load_model
     servers = [{"sglang.servers": [f"http://h:{number}"]} for number in range(3)]

@@ -22,7 +22,7 @@ class TimedWorld(World):
     """Learning takes ten seconds a step, saving some; the trainer may be killed when it has taken an optimizer step."""
 
     def __init__(self, folder: Path, saving: float, **changes: Any):
-        plain = {"steps": STEPS, "checkpoint_every": 10, "keep_checkpoints": 2}
+        plain: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 10, "keep_checkpoints": 2}
         plain["evaluation"] = {"every": 0, "samples": 1}
         super().__init__(folder, **(plain | changes))
         self.taken = 0  # optimizer steps, over all lives

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
+from mulligan.common.suggest import bad_setting
 from mulligan.policy.backend import HttpSettings
 from mulligan.policy.backends._servers.flags import check_flags
 from mulligan.policy.key_file import KeyFile, read_key
@@ -34,6 +35,11 @@ class ServerSettings(HttpSettings):
     }
 
     servers: tuple[str, ...] = Field((), description="Addresses of running servers, such as http://127.0.0.1:30000.")
+    adapters_only: bool = Field(
+        False,
+        description="`servers` are those of another policy, which sets their weights: this one takes LoRA adapters "
+        "over what the model came with, and nothing else.",
+    )
     launch: int = Field(1, ge=1, le=64, description="How many servers to launch where `servers` is empty.")
     python: str = Field("python", description="The interpreter of the environment that the engine is installed in.")
     flags: tuple[str, ...] = Field((), description="Passed through to the servers that are launched.")
@@ -56,6 +62,16 @@ class ServerSettings(HttpSettings):
     def _have_no_secret(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
         check_flags(flags, cls.secret_flags)
         return flags
+
+    @model_validator(mode="after")
+    def _guests_have_servers(self) -> Self:
+        if self.adapters_only and not self.servers:
+            raise bad_setting("adapters_only", "it needs `servers`, those of the other policy")
+        return self
+
+    @property
+    def is_guest(self) -> bool:
+        return self.adapters_only
 
     @property
     def key(self) -> SecretStr | None:

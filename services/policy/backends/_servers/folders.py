@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,12 @@ from mulligan.policy.backend import WeightsFile
 from mulligan.policy.backends._servers import ServerSettings
 from mulligan.policy.backends._servers.skeleton import ADAPTER_FILE, Skeleton
 
+# Of the adapters on a server: those of the policy that sets its weights, and those of a policy that is a guest there.
+OWN_PREFIX = "mulligan-"
+GUEST_PREFIX = "guest-mulligan-"
+ORIGINAL = "original"
+# What a server calls the weights that its model came with: as this module names them, or as it was started.
+_ORIGINALS = re.compile(r"\d+-original(-unchecked)?|default")
 _FULL = "full"
 _ADAPTERS = "adapters"
 
@@ -43,6 +50,12 @@ class TargetWeights:
     running: int = 0  # requests
 
 
+def known_as(label: str, *, guest: bool) -> str:
+    """What the policy calls the weights to which a server gives this label. To a guest it does not matter what the
+    server calls the original ones."""
+    return ORIGINAL if guest and _ORIGINALS.fullmatch(label) else label
+
+
 class Folders:
     """Nothing else uses `folder`. What an earlier process left in it is removed."""
 
@@ -55,11 +68,16 @@ class Folders:
         self._name = f"weights-{secrets.token_hex(4)}" if self._shared else "weights"
         if not self._shared:
             shutil.rmtree(self._root / self._name, ignore_errors=True)
-        self.original_label = f"{first_version}-original"
+        self.is_guest = settings.is_guest
+        self.prefix = GUEST_PREFIX if self.is_guest else OWN_PREFIX
+        self.original_label = self._original_label(first_version)
+
+    def _original_label(self, policy_version: int) -> str:
+        return ORIGINAL if self.is_guest else f"{policy_version}-{ORIGINAL}"
 
     def original(self, policy_version: int) -> TargetWeights:
         weights = WeightsFile(None, WeightsKind.ORIGINAL, policy_version, "")
-        return TargetWeights(weights, label=f"{policy_version}-original")
+        return TargetWeights(weights, label=self._original_label(policy_version))
 
     def prepare(self, weights: WeightsFile) -> TargetWeights:
         """Verifies the file and puts it where the servers can find it.
@@ -78,7 +96,7 @@ class Folders:
                 self._put(weights.path, folder / "model.safetensors")
             return TargetWeights(weights, label, path=self._engine_path(folder))
         # A new name: a server would load an adapter again that a late request names, although it was unloaded.
-        name = f"mulligan-{label}-{secrets.token_hex(4)}"
+        name = f"{self.prefix}{label}-{secrets.token_hex(4)}"
         adapter_path = self.put_adapter(weights.path, name)
         return TargetWeights(weights, self.original_label, adapter=name, adapter_path=adapter_path)
 

@@ -67,8 +67,8 @@ async def open_servers(
         def connect(address: str) -> HttpConnection:
             return kind.connection_type(session, address, key, chosen.admin_key)
 
-        addresses = chosen.servers or ("http://127.0.0.1",) * chosen.launch
-        servers = [kind(connect(address), chosen.request_seconds, paths) for address in addresses]
+        make = partial(kind, request_seconds=chosen.request_seconds, fixed=paths, guest=chosen.is_guest)
+        servers = [make(connect(address)) for address in chosen.servers or ("http://127.0.0.1",) * chosen.launch]
         launched = [
             LaunchedServer(
                 server, connect, chosen, source, folders.original_label, folder / f"{engine.lower()}-{index}.log", key
@@ -104,7 +104,7 @@ def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str
     names = {}
     paths = {}
     for name, folder in settings.adapters.items():
-        names[name] = f"mulligan-{name}-{secrets.token_hex(4)}"
+        names[name] = f"{folders.prefix}{name}-{secrets.token_hex(4)}"
         try:
             paths[names[name]] = folders.put_adapter(Path(folder), names[name])
         except DomainError as error:
@@ -141,10 +141,13 @@ async def _describe(
     """The policy's ModelInfo: only what all servers can do."""
     engine = servers[0].engine
     features = frozenset.intersection(*(server.features for server in servers)) - without
-    if fixed and Feature.LORA_WEIGHTS not in features:
-        raise UnsupportedModel(
-            f"adapters: the {engine} servers take no LoRA adapters: start them with {servers[0].lora_needs}"
-        )
+    is_guest = servers[0].guest
+    if is_guest:
+        features -= {Feature.FULL_WEIGHTS, Feature.MEMORY_RELEASE}  # they are the other policy's
+    if (fixed or is_guest) and Feature.LORA_WEIGHTS not in features:
+        field = "adapters_only" if is_guest else "adapters"
+        needs = f"start them with {servers[0].lora_needs}"
+        raise UnsupportedModel(f"{field}: the {engine} servers take no LoRA adapters: {needs}")
     if Feature.SEED in features and not all(await gather_or_cancel(server.repeats() for server in servers)):
         features -= {Feature.SEED}
     if chat.has_tools:
@@ -223,6 +226,8 @@ async def _load(pool: ServerPool, present: Sequence[EngineServer], *, loaded: bo
         server.problem = str(result or "")
         if isinstance(result, RequestRefused):
             raise UnsupportedModel(f"{server.address} does not take what the model came with: {result}") from result
+        if isinstance(result, Unsuitable):
+            raise UnsupportedModel(f"{server.address}: {result}") from result
         if isinstance(result, BaseException) and not isinstance(result, Unreachable):
             raise result
     if not any(server.serving for server in present):

@@ -19,7 +19,7 @@ from mulligan.common.tasks import Broadcast, cancel
 from mulligan.policy.backend import Admission, WeightsFile
 from mulligan.policy.backends._servers.answers import BadAnswer
 from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
-from mulligan.policy.backends._servers.folders import Folders, TargetWeights
+from mulligan.policy.backends._servers.folders import Folders, TargetWeights, known_as
 from mulligan.policy.backends._servers.server import EngineServer, Unsuitable
 
 log = structlog.get_logger()
@@ -101,7 +101,8 @@ class ServerPool:
         """Turns the servers' labels of weights into policy versions, for a request that was sent while `target` was to
         be served. With `own` the request used the target's adapter. Raises BadAnswer."""
         found: list[VersionSpan] = []
-        for label, count in labels:
+        for told, count in labels:
+            label = known_as(told, guest=self._folders.is_guest)
             version, generation = self._versions.get(label, (0, -1))
             if own and target.adapter:
                 if label != target.label:
@@ -192,8 +193,11 @@ class ServerPool:
         if not serving:
             raise self.unavailable()
         async with AsyncExitStack() as stack:
-            # A running request on an adapter cannot go on over another base, nor one on the base below an adapter.
-            rebase = not target.adapter or any(server.label != target.label for server in serving)
+            # A running request on an adapter cannot go on over another base, nor one on the base below an adapter. For
+            # a guest there is one base.
+            rebase = not self._folders.is_guest and (
+                not target.adapter or any(server.label != target.label for server in serving)
+            )
             if rebase and (before.adapter or target.adapter):
                 await stack.enter_async_context(self.drained())
             self.know(target)
@@ -316,10 +320,8 @@ class ServerPool:
                 raise self.unavailable()
 
     async def load(self, server: EngineServer, target: TargetWeights, *, checked: bool = True) -> None:
-        """Makes the server hold `target`, whatever it holds now. Raises Unreachable, RequestRefused."""
-        await server.pause()
-        await server.load_base(target, checked=checked)
-        await server.go_on()
+        """Makes the server hold `target`, whatever it holds now. Raises Unreachable, RequestRefused, Unsuitable."""
+        await server.load_weights(target, checked=checked)
         if Feature.LORA_WEIGHTS in server.features:
             await server.load_adapters(target)
         server.held = target

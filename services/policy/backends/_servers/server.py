@@ -13,10 +13,15 @@ from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Scored
 from mulligan.policy.backends._servers.answers import Aborted, BadAnswer
 from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused, Unreachable
-from mulligan.policy.backends._servers.folders import TargetWeights
+from mulligan.policy.backends._servers.folders import (
+    GUEST_PREFIX,
+    ORIGINAL,
+    OWN_PREFIX,
+    TargetWeights,
+    known_as,
+)
 from mulligan.policy.backends._servers.skeleton import Skeleton
 
-_ADAPTER_PREFIX = "mulligan-"
 _UNCHECKED = "-unchecked"  # ends the label of a server that may not be asked yet
 
 
@@ -26,6 +31,7 @@ class Unsuitable(Exception):
 
 class EngineServer(ABC):
     """A `Replica`. `fixed` are the adapters that it holds besides the weights: for each of its names, the folder.
+    For a `guest` another policy sets the weights, and only adapters are loaded.
 
     Subclasses know how an engine is launched, what it can do, and how to call it. Methods raise Unreachable and
     RequestRefused unless they say otherwise. `ServerPool` calls those that change what it holds, one at a time.
@@ -41,8 +47,11 @@ class EngineServer(ABC):
     load_adapter_path: ClassVar[str]
     unload_adapter_path: ClassVar[str]
 
-    def __init__(self, connection: HttpConnection, request_seconds: float, fixed: Mapping[str, str]):
+    def __init__(
+        self, connection: HttpConnection, request_seconds: float, fixed: Mapping[str, str], *, guest: bool = False
+    ):
         self.connection = connection
+        self.guest = guest
         self._seconds = request_seconds
         self._fixed = fixed
         self.serving = False
@@ -127,6 +136,26 @@ class EngineServer(ABC):
     @abstractmethod
     async def go_on(self) -> None: ...
 
+    def known_as(self, label: str) -> str:
+        return known_as(label, guest=self.guest)
+
+    async def load_weights(self, target: TargetWeights, *, checked: bool = True) -> None:
+        """Has it hold the base weights of the target, whatever it holds now. A guest only looks at them, and raises
+        Unsuitable if they are not what the model came with."""
+        self.held = None
+        if not self.guest:
+            await self.pause()
+            await self.load_base(target, checked=checked)
+            await self.go_on()
+            return
+        self.label = await self._told_label()
+        self.path = self.own_path
+        if self.known_as(self.label) != ORIGINAL:
+            raise Unsuitable(
+                f"it holds weights {self.label!r} of the policy that sets them, and adapters_only needs those that the "
+                "model came with"
+            )
+
     async def load_base(self, target: TargetWeights, *, checked: bool = True) -> None:
         """Loads the base weights; the server must be paused. Without `checked` its answers have a label that nobody
         accepts."""
@@ -155,7 +184,7 @@ class EngineServer(ABC):
     async def unload_others(self, *targets: TargetWeights) -> None:
         wanted = {target.adapter for target in targets} | set(self._fixed)
         for name in sorted(self._adapters - wanted):
-            if name.startswith(_ADAPTER_PREFIX):
+            if name.startswith(GUEST_PREFIX if self.guest else OWN_PREFIX):
                 await self.unload(name)
 
     async def unload(self, name: str) -> None:
@@ -208,9 +237,13 @@ class EngineServer(ABC):
 
     async def _score_held(self, ids: Sequence[int], temperature: float, held: TargetWeights) -> tuple[float, ...]:
         labels, row = await self.score_one(ids, 1, temperature, held.adapter)
-        if labels - {self.label}:
+        if {self.known_as(label) for label in labels} - {self.known_as(self.label)}:
             raise BadAnswer(f"it answers from weights {sorted(labels)} instead of {self.label!r}")
         return row
+
+    @abstractmethod
+    async def _told_label(self) -> str:
+        """Of the weights that it holds now."""
 
     @abstractmethod
     async def _load(self, path: str, label: str) -> None:

@@ -24,7 +24,7 @@ class Settings(ServerSettings):
 
     local_only: ClassVar = ServerSettings.local_only | {"admin_api_key_file"}
     in_0_1_0: ClassVar[bool] = True
-    after_0_1_0: ClassVar = HttpSettings.local_only | {"api_key_file", "admin_api_key_file"}
+    after_0_1_0: ClassVar = HttpSettings.local_only | {"adapters_only", "api_key_file", "admin_api_key_file"}
     credentials: ClassVar = {"servers": _KEYS, "router": _KEYS}
     secret_flags: ClassVar = {
         **ServerSettings.secret_flags,

@@ -118,10 +118,14 @@ class SglangServer(EngineServer):
         label = self.label
         path = self.path
         found = await self.connection.get("/model_info", 5.0)
+        told = str(found.get("weight_version"))
         if (label, path) == (self.label, self.path) and (
-            found.get("weight_version") != label or found.get("model_path") != path
+            self.known_as(told) != self.known_as(label) or found.get("model_path") != path
         ):
-            raise Unsuitable(f"it holds weights {found.get('weight_version')!r} instead of {label!r}")
+            raise Unsuitable(f"it holds weights {told!r} instead of {label!r}")
+
+    async def _told_label(self) -> str:
+        return str((await self.connection.get("/model_info", 5.0)).get("weight_version"))
 
     async def pause(self) -> None:
         await self.connection.control("/pause_generation", {"mode": "retract"})

@@ -49,8 +49,10 @@ class VllmServer(EngineServer):
     load_adapter_path = "/v1/load_lora_adapter"
     unload_adapter_path = "/v1/unload_lora_adapter"
 
-    def __init__(self, connection: HttpConnection, request_seconds: float, fixed: Mapping[str, str]):
-        super().__init__(connection, request_seconds, fixed)
+    def __init__(
+        self, connection: HttpConnection, request_seconds: float, fixed: Mapping[str, str], *, guest: bool = False
+    ):
+        super().__init__(connection, request_seconds, fixed, guest=guest)
         self.changes = 0  # raised before its weights change, and when they have changed
         self._slots = asyncio.Semaphore(_FORCED)
 
@@ -116,9 +118,12 @@ class VllmServer(EngineServer):
 
     async def probe(self) -> None:
         label = self.label
-        found = (await self.connection.get("/weight_info", 5.0)).get("weight_version")
-        if label == self.label and found != label:
+        found = await self._told_label()
+        if label == self.label and self.known_as(found) != self.known_as(label):
             raise Unsuitable(f"it holds weights {found!r} instead of {label!r}")
+
+    async def _told_label(self) -> str:
+        return str((await self.connection.get("/weight_info", 5.0)).get("weight_version"))
 
     async def pause(self) -> None:
         self.changes += 1
