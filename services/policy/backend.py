@@ -37,7 +37,7 @@ class BackendSettings(PluginSettings):
     fields of the secrets that are sent there, if any; LoadModel names only addresses that the service allows, and drops
     a secret when it changes the address. A secret goes to another machine over TLS alone, unless the backend has a
     field `insecure` and it is set. `exclusive`: fields that list servers whose weights the policy sets; two policies
-    cannot list the same server.
+    cannot list the same server, unless one of them is a guest there (`is_guest`).
 
     `in_0_1_0`: that release had a table of these settings, and made a digest of it that may still be kept;
     `after_0_1_0` are the fields that it lacked.

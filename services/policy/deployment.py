@@ -214,7 +214,12 @@ class Deployment:
         known = await asyncio.to_thread(self._store.get, first)
         if known is None:
             await self._begin(first, commit)
-        elif served is None or served.origin != first or not await self._is_same_model(served):
+        elif (
+            served is None
+            or served.origin != first
+            or not self._takes(served.version.kind)
+            or not await self._is_same_model(served)
+        ):
             following = await asyncio.to_thread(self._store.next_version)  # never two meanings of one version
             log.warning("another model than before", policy=self.name, policy_version=following)
             await self._begin(following, commit)
@@ -474,6 +479,10 @@ class Deployment:
                 await asyncio.to_thread(self._store.serve, found)
                 self._now_serves(found)
                 return
+
+    def _takes(self, kind: WeightsKind) -> bool:
+        """Whether the engines take weights of this kind; not so, when the settings have changed."""
+        return kind is WeightsKind.ORIGINAL or preflight.WEIGHT_FEATURES[kind] in self.backend.model.features
 
     async def _check_loaded(self, record: VersionRecord, file: WeightsFile) -> VersionRecord:
         """Checks the engines as they are. They load the weights again if they do not hold them."""

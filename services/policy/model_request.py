@@ -123,10 +123,15 @@ def model_settings(settings: ModelSettings) -> PolicyModelSettings:
 
 
 def servers_of(settings: ModelSettings) -> dict[str, str]:
-    """Addresses of servers whose weights the policy sets, and the setting that lists each."""
+    """Addresses of servers that hold the policy's weights or adapters, and the setting that lists each."""
     own = settings.own
     place = place_of(PolicyModelSettings, BACKENDS, settings.backend)
     return {address.rstrip("/"): f"{place}{name}" for name in own.exclusive for address in getattr(own, name)}
+
+
+def shared_servers(settings: ModelSettings, other: ModelSettings) -> dict[str, str]:
+    """Those of `servers_of` that the other policy's settings have, too."""
+    return {address: field for address, field in servers_of(settings).items() if address in servers_of(other)}
 
 
 def check_folders(settings: ModelSettings, models_folder: Path | None) -> None:

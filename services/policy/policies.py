@@ -45,11 +45,12 @@ from mulligan.policy.model_request import (
     check_addresses,
     check_folders,
     model_settings,
-    servers_of,
     settings_digest,
+    shared_servers,
 )
 from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.policy import Policy
+from mulligan.policy.preflight import check_release
 from mulligan.policy.uploads import Uploads
 
 log = structlog.get_logger()
@@ -89,8 +90,9 @@ class Policies(Collector):
     @classmethod
     async def open(cls, settings: PolicySettings, create: OpenBackend = create_backend) -> Policies:
         """Serves the policies of the settings, and those that LoadModel brought before a restart. The log tells of a
-        further policy whose state is damaged, or whose loaded model cannot be opened again, and the others serve: its
-        calls are STATE_DAMAGED until a model is loaded into it, or it is unloaded.
+        further policy whose state is damaged, whose loaded model cannot be opened again, or that is a guest on servers
+        which hold other weights, and the others serve: its calls are STATE_DAMAGED until a model is loaded into it, or
+        it is unloaded.
 
         Raises an ExceptionGroup of UnsupportedModel, one for each other policy that cannot be served, and OSError when
         the state folder cannot be used.
@@ -157,12 +159,17 @@ class Policies(Collector):
 
     async def release_memory(self, policy: str = "") -> None:
         """Raises DomainError UNSUPPORTED_OPTION, too, while another policy is a guest on the servers."""
-        servers = servers_of(self.get(policy).newest.settings)
-        for guest in self._policies.values():
-            if any(one.own.is_guest and servers.keys() & servers_of(one) for one in guest.settings):
-                message = f"policy: {guest.name} is a guest on its servers (adapters_only): unload it first"
-                raise DomainError(Reason.UNSUPPORTED_OPTION, message, field="policy", feature=Feature.MEMORY_RELEASE)
-        await self._change(policy, Deployment.release_memory)
+
+        async def release(deployment: Deployment) -> None:
+            check_release(deployment.backend.model)
+            for guest in self._policies.values():
+                if any(one.own.is_guest and shared_servers(deployment.settings, one) for one in guest.settings):
+                    message = f"policy: {guest.name} is a guest on its servers (adapters_only): unload it first"
+                    feature = Feature.MEMORY_RELEASE
+                    raise DomainError(Reason.UNSUPPORTED_OPTION, message, field="policy", feature=feature)
+            await deployment.release_memory()
+
+        await self._change(policy, release)
 
     async def resume_memory(self, policy: str = "") -> None:
         await self._change(policy, Deployment.resume_memory)
@@ -236,7 +243,7 @@ class Policies(Collector):
         self, name: str, settings: ModelSettings, commit: Callable[[], None] = lambda: None, *, restore: bool = False
     ) -> Policy:
         """As `Policy.load`, of a new policy if there is none of this name; it is removed if that fails."""
-        self._refuse_shared_servers(settings)
+        self._refuse_shared_servers(name, settings)
         if not restore:
             self._refuse_too_many()
         policy = self._policies.get(name)  # nothing is awaited from here on until it is told of the model
@@ -262,13 +269,18 @@ class Policies(Collector):
 
     async def _restore_all(self) -> None:
         stored = self._stored()
-        names = sorted({*self._own, *stored})
-        results = await asyncio.gather(*map(self._restore, names), return_exceptions=True)
+        # Guests come after the policies of their servers.
+        guests = sorted([name for name in {*self._own, *stored} if await asyncio.to_thread(self._is_guest, name)])
+        owners = sorted({*self._own, *stored}.difference(guests))
+        names = [*owners, *guests]
+        results = await asyncio.gather(*map(self._restore, owners), return_exceptions=True)
+        results += await asyncio.gather(*map(self._restore, guests), return_exceptions=True)
         problems = []
         for name, result in zip(names, results, strict=True):
             if result is None:
                 continue
-            is_damage = name in stored or (isinstance(result, DomainError) and result.reason is Reason.STATE_DAMAGED)
+            is_damaged = isinstance(result, DomainError) and result.reason is Reason.STATE_DAMAGED
+            is_damage = name in stored or name in guests or is_damaged
             if is_damage and name != self.settings.default_policy and isinstance(result, Exception):
                 self._damaged[name] = self._told_damage(name, result)
             elif isinstance(result, UnsupportedModel | DomainError | OSError):
@@ -277,6 +289,16 @@ class Policies(Collector):
                 raise result
         if problems:
             raise ExceptionGroup("; ".join(problems), [*map(UnsupportedModel, problems)])
+
+    def _is_guest(self, name: str) -> bool:
+        """Of a policy that is to be restored. False where it cannot be read: what restores it says why."""
+        own = self._own.get(name)
+        try:
+            request = self._remembered(name)
+            settings = request.settings(own) if request is not None else own
+        except (OSError, DomainError):
+            return False
+        return settings is not None and settings.own.is_guest
 
     def _told_damage(self, name: str, error: Exception) -> DomainError:
         said = error.message if isinstance(error, DomainError) else str(error)
@@ -317,19 +339,21 @@ class Policies(Collector):
             )
             raise DomainError(Reason.CAPACITY_REACHED, message)
 
-    def _refuse_shared_servers(self, settings: ModelSettings) -> None:
-        """Raises DomainError INVALID_SETTING when a policy sets the weights of a server that the model asks for."""
-        servers = servers_of(settings)
+    def _refuse_shared_servers(self, name: str, settings: ModelSettings) -> None:
+        """A server has one policy that sets its weights, and one guest at most. Raises DomainError INVALID_SETTING, or
+        ENGINE_UNAVAILABLE for a guest of a policy whose memory is released."""
         for policy in self._policies.values():
             for taken in policy.settings:
-                shared = sorted(servers.keys() & servers_of(taken))
-                if shared and settings.own.is_guest == taken.own.is_guest:
-                    field = servers[shared[0]]
-                    limit = "a server has one guest (adapters_only)"
-                    if not taken.own.is_guest:
-                        limit = "a server holds one model's weights; with adapters_only the other takes adapters alone"
-                    message = f"{field}: {shared[0]} serves the policy {policy.name}, and {limit}"
-                    raise DomainError(Reason.INVALID_SETTING, message, field=field)
+                for address, field in shared_servers(settings, taken).items():
+                    if settings.own.is_guest == taken.own.is_guest or policy.name == name:
+                        limit = "a server has one guest (adapters_only)"
+                        if not taken.own.is_guest:
+                            limit = "a server holds one model's weights; as a guest (adapters_only) another policy may "
+                            limit += "have adapters there"
+                        message = f"{field}: {address} serves the policy {policy.name}, and {limit}"
+                        raise DomainError(Reason.INVALID_SETTING, message, field=field)
+            if settings.own.is_guest and policy.serving and shared_servers(settings, policy.newest.settings):
+                policy.newest.refuse_released()
 
     def _folder(self, name: str) -> Path | None:
         return self.settings.state_folder / "policies" / name if self.settings.state_folder else None

@@ -110,9 +110,10 @@ class PolicyAdminServiceServicer:
         changed. Idempotent while that model serves under the same options.
         INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
         file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
-        one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
-        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released. RESOURCE_EXHAUSTED
-        CAPACITY_REACHED: the server has as many models as it may.
+        one to be replaced, because a server holds one model's weights, beside which one further policy may have adapters
+        (its setting `adapters_only`); BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE
+        ENGINE_UNAVAILABLE: the memory of the policy, or of the one whose servers it is a guest on, is released.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server has as many models as it may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -185,7 +186,8 @@ class PolicyAdminServiceServicer:
 
     def ReleaseMemory(self, request, context):
         """Gives the engine's memory (weights, cache) back, so that a trainer can use the device. Running calls finish first;
-        later ones wait for ResumeMemory. Idempotent. INVALID_ARGUMENT UNSUPPORTED_OPTION.
+        later ones wait for ResumeMemory. Idempotent. INVALID_ARGUMENT UNSUPPORTED_OPTION, also while another policy is a
+        guest on its servers (LoadModel).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

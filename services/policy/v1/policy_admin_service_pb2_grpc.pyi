@@ -36,9 +36,10 @@ class PolicyAdminServiceStub:
     changed. Idempotent while that model serves under the same options.
     INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
     file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
-    one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
-    models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released. RESOURCE_EXHAUSTED
-    CAPACITY_REACHED: the server has as many models as it may.
+    one to be replaced, because a server holds one model's weights, beside which one further policy may have adapters
+    (its setting `adapters_only`); BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE
+    ENGINE_UNAVAILABLE: the memory of the policy, or of the one whose servers it is a guest on, is released.
+    RESOURCE_EXHAUSTED CAPACITY_REACHED: the server has as many models as it may.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.UnloadModelRequest, _policy_admin_service_pb2.UnloadModelResponse]
     """Removes a policy once its calls have finished; what comes meanwhile, or waits for released memory, is
@@ -87,7 +88,8 @@ class PolicyAdminServiceStub:
     """
     ReleaseMemory: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.ReleaseMemoryRequest, _policy_admin_service_pb2.ReleaseMemoryResponse]
     """Gives the engine's memory (weights, cache) back, so that a trainer can use the device. Running calls finish first;
-    later ones wait for ResumeMemory. Idempotent. INVALID_ARGUMENT UNSUPPORTED_OPTION.
+    later ones wait for ResumeMemory. Idempotent. INVALID_ARGUMENT UNSUPPORTED_OPTION, also while another policy is a
+    guest on its servers (LoadModel).
     """
     ResumeMemory: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.ResumeMemoryRequest, _policy_admin_service_pb2.ResumeMemoryResponse]
     """Takes the memory again, loads the version that serves, and goes on. Idempotent."""
@@ -120,9 +122,10 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         changed. Idempotent while that model serves under the same options.
         INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
         file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
-        one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
-        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released. RESOURCE_EXHAUSTED
-        CAPACITY_REACHED: the server has as many models as it may.
+        one to be replaced, because a server holds one model's weights, beside which one further policy may have adapters
+        (its setting `adapters_only`); BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE
+        ENGINE_UNAVAILABLE: the memory of the policy, or of the one whose servers it is a guest on, is released.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server has as many models as it may.
         """
 
     @_abc_1.abstractmethod
@@ -207,7 +210,8 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_policy_admin_service_pb2.ReleaseMemoryRequest, _abc.Awaitable[_policy_admin_service_pb2.ReleaseMemoryResponse]],
     ) -> _abc.Awaitable[_policy_admin_service_pb2.ReleaseMemoryResponse]:
         """Gives the engine's memory (weights, cache) back, so that a trainer can use the device. Running calls finish first;
-        later ones wait for ResumeMemory. Idempotent. INVALID_ARGUMENT UNSUPPORTED_OPTION.
+        later ones wait for ResumeMemory. Idempotent. INVALID_ARGUMENT UNSUPPORTED_OPTION, also while another policy is a
+        guest on its servers (LoadModel).
         """
 
     @_abc_1.abstractmethod

@@ -163,3 +163,13 @@ async def test_a_copied_folder_is_no_policy(tmp_path: Path, name: str) -> None:
             assert [info.name for info in await running.client.policies()] == ["actor", "other", "third"]
     [told] = [entry for entry in logs if "no policy can have its name" in entry["event"]]
     assert told["folder"] == str(tmp_path / "policies" / name)
+
+
+async def test_a_guest_that_cannot_be_opened_costs_that_policy() -> None:
+    """Its servers hold what another policy serves, which must not stop the service."""
+    second = {"backend": "sglang", "model": "bad", "sglang": {"servers": ("http://h:1",), "adapters_only": True}}
+    settings: dict[str, Any] = {"model": "one", "sglang": {"servers": ("http://h:1",)}, "policies": {"second": second}}
+    async with started(backend="sglang", **settings) as running:
+        await running.serves("one", 0)
+        error = await refused(running.client.info("second"), Reason.STATE_DAMAGED, Code.DATA_LOSS)
+        assert error.message.startswith("the policy second is not served since the service started: ")

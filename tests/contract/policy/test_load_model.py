@@ -168,9 +168,30 @@ async def test_a_server_has_one_policy_that_sets_its_weights_and_one_guest() -> 
         assert "serves the policy actor, and a server holds one model's weights" in error.message
         error = await refused(running.client.release_memory(), Reason.UNSUPPORTED_OPTION)
         assert error.message == "policy: second is a guest on its servers (adapters_only): unload it first"
+        for name, options in (("actor", guest), ("second", owner | {"sglang.adapters_only": False})):
+            await refused(running.client.load_model(name, "three", "sglang", options), Reason.INVALID_SETTING)
         lonely = {"sglang.adapters_only": True}
         error = await refused(running.client.load_model("third", "three", "sglang", lonely), Reason.INVALID_SETTING)
         assert error.metadata["field"] == "sglang.adapters_only" and "it needs `servers`" in error.message
+        await running.client.unload_model("second")
+        await running.client.release_memory()
+        call = running.client.load_model("second", "two", "sglang", guest)
+        await refused(call, Reason.ENGINE_UNAVAILABLE, Code.UNAVAILABLE)
+        await running.client.resume_memory()
+        await running.client.load_model("second", "two", "sglang", guest)
+        await running.serves("two", 0, "second")
+
+
+async def test_guests_are_opened_after_the_policies_of_their_servers(tmp_path: Path) -> None:
+    early = {"backend": "sglang", "model": "two", "sglang": {"servers": ("http://h:1",), "adapters_only": True}}
+    settings: dict[str, Any] = {"sglang": {"servers": ("http://h:1",)}, "policies": {"a-guest": early}}
+    async with started(backend="sglang", state_folder=tmp_path, **settings, **HOSTS) as running:
+        assert running.opened.asked == ["one", "two"]
+        await running.client.load_model("owner", "three", "sglang", {"sglang.servers": ["http://h:2"]})
+        options = {"sglang.servers": ["http://h:2"], "sglang.adapters_only": True}
+        await running.client.load_model("another", "four", "sglang", options)
+    async with started(backend="sglang", state_folder=tmp_path, **settings, **HOSTS) as running:
+        assert set(running.opened.asked[:2]) == {"one", "three"} and set(running.opened.asked[2:]) == {"two", "four"}
 
 
 async def test_a_server_is_free_when_the_model_of_its_policy_is_closed(running: Running) -> None:

@@ -89,6 +89,8 @@ class Folders:
             target.weights = weights
             return target
         label = f"{weights.policy_version}-{weights.sha256[:12]}"
+        if weights.kind is WeightsKind.FULL and self.is_guest:
+            raise DomainError(Reason.MODEL_MISMATCH, "adapters_only: this policy takes no full weights")
         if weights.kind is WeightsKind.FULL:
             self._skeleton.check_full(weights.path)
             with self._new(_FULL, label) as folder:

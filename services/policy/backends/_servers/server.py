@@ -195,7 +195,7 @@ class EngineServer(ABC):
 
     async def accept(self) -> None:
         """Gives the weights their proper label, after they were checked."""
-        if self.label.endswith(_UNCHECKED):
+        if self.label.endswith(_UNCHECKED) and not self.guest:
             label = self.label.removesuffix(_UNCHECKED)
             await self._rename(label)
             self.label = label
@@ -230,7 +230,9 @@ class EngineServer(ABC):
         held = self.held
         try:
             checksum = await self._checksum()
-        except (Unreachable, RequestRefused) as error:
+            if self.guest:
+                await self.probe()  # that it was not of other weights
+        except (Unreachable, RequestRefused, Unsuitable) as error:
             raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} tells no checksum: {error}") from error
         # The server's own checksum is of the base weights alone.
         return f"{checksum}+{held.weights.sha256}" if checksum and held is not None and held.adapter else checksum

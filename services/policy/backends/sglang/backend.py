@@ -89,7 +89,7 @@ class SglangBackend(ServersBackend):
         assert isinstance(server, SglangServer)
         rid = uuid.uuid4().hex
         body = self._encode(ask, rid, target, stream=True)
-        label = target.label if connection is self._router else server.label
+        label = target.label if connection is self._router and not server.guest else server.label
         reader = requests.SglangStream(label, incremental=server.incremental)
         finished = False
         try:

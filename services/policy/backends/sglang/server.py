@@ -119,9 +119,7 @@ class SglangServer(EngineServer):
         path = self.path
         found = await self.connection.get("/model_info", 5.0)
         told = str(found.get("weight_version"))
-        if (label, path) == (self.label, self.path) and (
-            self.known_as(told) != self.known_as(label) or found.get("model_path") != path
-        ):
+        if (label, path) == (self.label, self.path) and (told != label or found.get("model_path") != path):
             raise Unsuitable(f"it holds weights {told!r} instead of {label!r}")
 
     async def _told_label(self) -> str:

@@ -36,7 +36,8 @@ class VllmBackend(ServersBackend):
     server_type = VllmServer
 
     def _can_stream(self, ask: Ask) -> bool:
-        return not requests.is_renormalised(ask)
+        """An update tells of itself through this object; that of a policy whose guest this one is does not."""
+        return not requests.is_renormalised(ask) and not self.folders.is_guest
 
     def _lacks_adapter(self, error: RequestRefused) -> bool:
         return False  # vLLM answers HTTP 404 to that

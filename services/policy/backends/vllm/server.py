@@ -119,7 +119,7 @@ class VllmServer(EngineServer):
     async def probe(self) -> None:
         label = self.label
         found = await self._told_label()
-        if label == self.label and self.known_as(found) != self.known_as(label):
+        if label == self.label and found != label:
             raise Unsuitable(f"it holds weights {found!r} instead of {label!r}")
 
     async def _told_label(self) -> str:

@@ -22,7 +22,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @pytest.fixture
 def guest() -> SglangSettings:
-    return SglangSettings(servers=(sglang_address(),), adapters_only=True, probe_seconds=0.2)
+    return SglangSettings(servers=(sglang_address(),), adapters_only=True, probe_seconds=0.2, wait_seconds=0.5)
 
 
 async def test_each_serves_its_own_adapter_while_the_other_takes_new_ones(
@@ -88,3 +88,17 @@ async def test_under_other_full_weights_a_guest_does_not_serve(tmp_path: Path, g
         await owner.update_weights(WeightsFile(None, WeightsKind.ORIGINAL, 2, ""), admission(models, []))
         await until(lambda: second.replicas[0].info.serving)
         assert_by_version({0: load(MODEL)}, ask(), await second.generate(ask()))
+
+
+async def test_the_owner_alone_restores_a_server_that_somebody_changed(tmp_path: Path, guest: SglangSettings) -> None:
+    async with opened(tmp_path / "mine") as owner, opened(tmp_path / "theirs", guest) as second:
+        tuned, weights = lora(tmp_path, 4, ATTENTION)
+        await second.update_weights(weights, admission({4: tuned}, []))
+        mine, theirs = owner.pool.servers[0], second.pool.servers[0]
+        await control("/update_weight_version", new_version="somebody", abort_all_requests=False)
+        await until(lambda: not mine.serving and not theirs.serving)
+        await until(lambda: mine.serving and theirs.serving and theirs.label == mine.label == owner.pool.target.label)
+        parts = [part async for part in second.stream(ask(max_tokens=60, temperature=2.5))]
+        assert len([part for part in parts if part.token_ids]) > 1, "the guest knows what the weights are called now"
+        assert_by_version({4: tuned}, ask(), await second.generate(ask()))
+        assert_by_version({0: load(MODEL)}, ask(), await owner.generate(ask()))
