@@ -51,6 +51,7 @@ TRL, BARE, OURS, SEPARATE = "TRL", "bare loop", "learner", "learner without shar
 STEPPED, REMOTE = "learner with optimizer steps", "learner over gRPC with optimizer steps"
 TRL_ROWS = (4, 8, 16, 32)
 LORA_RANK = 16
+LEAST = f"{peak.OURS}, LoRA, gradient checkpointing"
 Calls = Sequence[list[Datum]]
 Rates = dict[str, list[float]]  # tokens per second in each round, by way
 
@@ -154,11 +155,12 @@ def _best(model: Path, calls: Calls) -> TrlStep:
 
 def peaks(model: Path, batch: Path, rows: int) -> dict[str, int]:
     """Bytes, by way and whether with LoRA."""
-    return {
+    found = {
         f"{way}, {'LoRA' if rank else 'full'}": peak.measured(way, model, batch, rows, rank)
         for way in (peak.OURS, peak.TRL)
         for rank in (0, LORA_RANK)
     }
+    return found | {LEAST: peak.measured(peak.OURS, model, batch, rows, LORA_RANK, checkpointing=True)}
 
 
 def report(found: Mapping[str, Rates], memory: Mapping[str, int], prefix: str = "") -> dict[str, float]:
@@ -181,6 +183,7 @@ def report(found: Mapping[str, Rates], memory: Mapping[str, int], prefix: str = 
         ratios[f"{name}grpc_ratio"] = round(rates[REMOTE] / rates[STEPPED], 2)
     ours, theirs = memory[f"{peak.OURS}, full"], memory[f"{peak.TRL}, full"]
     ratios[f"{prefix}lora_memory_ratio"] = round(memory[f"{peak.OURS}, LoRA"] / ours, 2)
+    ratios[f"{prefix}lora_checkpointing_memory_ratio"] = round(memory[LEAST] / ours, 2)
     ratios[f"{prefix}trl_memory_ratio"] = round(ours / theirs, 2)
     return ratios
 

@@ -25,18 +25,23 @@ from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
 OURS, TRL = "learner", "TRL"
 
 
-def measured(way: str, model: Path, batch: Path, rows: int, lora: int) -> int:
-    """The bytes, measured in a process of its own. Raises CalledProcessError."""
+def measured(way: str, model: Path, batch: Path, rows: int, lora: int, *, checkpointing: bool = False) -> int:
+    """The bytes, measured in a process of its own; with `gradient_checkpointing` of the learner. Raises
+    CalledProcessError."""
     options = ["--way", way, "--model", str(model), "--batch", str(batch), "--rows", str(rows), "--lora", str(lora)]
+    options += ["--checkpointing"] if checkpointing else []
     command = [sys.executable, "-m", "benchmarks.learner.peak", *options]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return int(printed.splitlines()[-1])
 
 
-def _ours(model: Path, batch: Path, lora: LoraSettings | None) -> None:
+def _ours(model: Path, batch: Path, lora: LoraSettings | None, *, checkpointing: bool) -> None:
     return_freed_memory()
-    with TemporaryDirectory() as folder:
-        server = LearnerServerSettings(Path(folder) / "weights", Path(folder) / "checkpoints", threads=1)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        server = LearnerServerSettings(
+            folder / "weights", folder / "checkpoints", threads=1, gradient_checkpointing=checkpointing
+        )
         learner = Learner("peak", LearnerSpec(TrainedModelSettings(source=str(model), lora=lora)), server)
         learner.forward_backward(recorded(batch), ppo.Settings(kl_coefficient=0.0))
         learner.optim_step()
@@ -59,6 +64,7 @@ def main() -> None:
     parser.add_argument("--batch", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=8, help="of a micro-batch of TRL")
     parser.add_argument("--lora", type=int, default=0, help="rank; 0: full weights")
+    parser.add_argument("--checkpointing", action="store_true", help="the learner's gradient_checkpointing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lora = LoraSettings(rank=arguments.lora) if arguments.lora else None
@@ -66,7 +72,7 @@ def main() -> None:
         import trl.trainer.grpo_trainer  # noqa: F401 - not measured
     before = _resident("VmRSS")
     if arguments.way == OURS:
-        _ours(arguments.model, arguments.batch, lora)
+        _ours(arguments.model, arguments.batch, lora, checkpointing=arguments.checkpointing)
     else:
         _trl(arguments.model, arguments.batch, arguments.rows, lora)
     print(_resident("VmHWM") - before)
