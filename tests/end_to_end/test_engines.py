@@ -62,16 +62,16 @@ async def test_adapters_are_trained_on_sglang(loop: Loop) -> None:
 async def test_adapters_are_evaluated_beside_training_on_the_same_server(loop: Loop) -> None:
     """The second policy has the evaluated adapter there, while the first takes the next ones."""
     changes: dict[str, Any] = {
-        "evaluation": {"every": 1, "samples": 2, "tasks": 8},
+        "evaluation": {"every": 1, "samples": 1, "tasks": 4},
         "policies": {"evaluator": "second"},
     }
-    info = await loop.train("beside", small_run(steps=3, model={"source": "embedded", "lora": LORA}, **changes))
-    assert info.step == 3
+    info = await loop.train("beside", small_run(steps=2, model={"source": "embedded", "lora": LORA}, **changes))
+    assert info.step == 2
     summary = json.loads((loop.folder / "runs" / "beside" / "summary.json").read_text())
-    assert [point["step"] for point in summary["evaluations"]] == [0, 1, 2, 3]
+    assert [point["step"] for point in summary["evaluations"]] == [0, 1, 2]
     policy = PolicyClient(Endpoint(loop.policy.address))
     versions = await policy.versions("second")
-    assert [one.kind for one in versions] == [*[WeightsKind.LORA] * 4, WeightsKind.ORIGINAL], "one for each evaluation"
+    assert [one.kind for one in versions] == [*[WeightsKind.LORA] * 3, WeightsKind.ORIGINAL], "one for each evaluation"
     await policy.close()
     log = (loop.folder / "runs" / "beside" / "events.jsonl").read_text()
     assert "the learner waits for each evaluation" not in log

@@ -52,6 +52,7 @@ class TestEightBits:
     def _extra(self) -> None:
         pytest.importorskip("torchao", reason="needs the extra adam8bit")
 
+    @pytest.mark.long
     def test_it_learns_as_with_float32_moments_from_a_quarter_of_their_memory(
         self, square: Path, tmp_path: Path
     ) -> None:

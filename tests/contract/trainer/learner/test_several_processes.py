@@ -15,6 +15,7 @@ from mulligan.common.inference import PublishedWeights
 from tests.support import ranked
 from tests.support.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.long  # test_ranks.py has the short case
 STATE = "state "
 
 
