@@ -165,6 +165,12 @@ class Load:
         await asyncio.gather(*self._tasks)
 
 
+async def loaded_adapters() -> set[str]:
+    """Those that the server that runs has."""
+    async with aiohttp.ClientSession() as session, session.get(f"{sglang_address()}/v1/models") as response:
+        return {card["id"] for card in (await response.json())["data"] if card.get("parent")}
+
+
 async def control(path: str, **body: Any) -> dict[str, Any]:
     """What somebody else does to the server that runs."""
     async with aiohttp.ClientSession() as session, session.post(f"{sglang_address()}{path}", json=body) as response:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +23,7 @@ from mulligan.policy.backends._servers.folders import Folders, TargetWeights, kn
 from mulligan.policy.backends._servers.server import EngineServer, Unsuitable
 
 log = structlog.get_logger()
+_LEAVE_SECONDS = 5.0
 _MISSED_PROBES = 3  # that a busy server may leave unanswered
 _RETRY_AFTER = timedelta(seconds=1)
 _KEPT_PLACES = 65536  # conversations whose server is remembered
@@ -78,7 +79,12 @@ class ServerPool:
             self.run(self._probe(server))
 
     async def close(self) -> None:
+        """A guest takes its adapters along. Where a server does not answer in time, the next guest removes them."""
         await cancel(*self._tasks)
+        if self._folders.is_guest:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LEAVE_SECONDS):
+                    await asyncio.gather(*(server.leave() for server in self.servers), return_exceptions=True)
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -182,7 +182,13 @@ class EngineServer(ABC):
                 self._adapters.add(name)
 
     async def unload_others(self, *targets: TargetWeights) -> None:
-        wanted = {target.adapter for target in targets} | set(self._fixed)
+        await self._unload_but({target.adapter for target in targets} | set(self._fixed))
+
+    async def leave(self) -> None:
+        """Unloads all adapters of the policy."""
+        await self._unload_but(set())
+
+    async def _unload_but(self, wanted: Set[str]) -> None:
         for name in sorted(self._adapters - wanted):
             if name.startswith(GUEST_PREFIX if self.guest else OWN_PREFIX):
                 await self.unload(name)

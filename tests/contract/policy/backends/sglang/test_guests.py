@@ -14,7 +14,19 @@ from mulligan.policy.backend import WeightsFile
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.testing.weights import load
 from tests.support.found import sglang_address
-from tests.support.sglang import MODEL, Load, admission, ask, assert_by_version, changed, control, full, lora, opened
+from tests.support.sglang import (
+    MODEL,
+    Load,
+    admission,
+    ask,
+    assert_by_version,
+    changed,
+    control,
+    full,
+    loaded_adapters,
+    lora,
+    opened,
+)
 from tests.support.waiting import until
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -74,6 +86,19 @@ async def test_a_guest_that_lost_its_adapter_loads_it_again(tmp_path: Path, gues
         await control("/unload_lora_adapter", lora_name=second.pool.target.adapter)
         assert_by_version({4: tuned}, ask(), await second.generate(ask()))
         assert_by_version({0: load(MODEL)}, ask(), await owner.generate(ask()))
+
+
+async def test_a_guest_that_leaves_takes_its_adapters_along(tmp_path: Path, guest: SglangSettings) -> None:
+    _, opponent = lora(tmp_path, 9, ATTENTION)
+    async with opened(tmp_path / "mine") as owner:
+        mine, weights = lora(tmp_path, 1, ATTENTION)
+        await owner.update_weights(weights, admission({1: mine}, []))
+        async with opened(tmp_path / "theirs", guest, adapters={"opponent": str(opponent.path)}) as second:
+            tuned, weights = lora(tmp_path, 4, ATTENTION)
+            await second.update_weights(weights, admission({4: tuned}, []))
+            assert len(await loaded_adapters()) == 3
+        assert await loaded_adapters() == {owner.pool.target.adapter}
+        assert_by_version({1: mine}, ask(), await owner.generate(ask()))
 
 
 async def test_under_other_full_weights_a_guest_does_not_serve(tmp_path: Path, guest: SglangSettings) -> None:

@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import torch
 
@@ -26,6 +25,7 @@ from tests.support.sglang import (
     changed,
     control,
     full,
+    loaded_adapters,
     lora,
     opened,
 )
@@ -200,11 +200,8 @@ async def test_fixed_adapters_are_asked_by_name(tmp_path: Path) -> None:
 
 async def _adapters() -> set[str]:
     """What the server has loaded, once nothing is being unloaded."""
-    async with aiohttp.ClientSession() as session:
-        for _ in range(200):
-            async with session.get(f"{sglang_address()}/v1/models") as response:
-                found = {card["id"] for card in (await response.json())["data"] if card.get("parent")}
-            if not found:
-                break
-            await asyncio.sleep(0.05)
+    for _ in range(200):
+        if not (found := await loaded_adapters()):
+            break
+        await asyncio.sleep(0.05)
     return found
