@@ -30,6 +30,7 @@ from tests.support.settings import model_settings
 from tests.support.waiting import until
 
 MODEL = models.EMBEDDED
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROMPT = list(range(20, 60))
 START_SECONDS = 400  # on a machine that does something else, too
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import Code, Reason
-from mulligan.common.inference import CanaryProbe, PublishedWeights, VersionState, WeightsKind
+from mulligan.common.inference import CanaryProbe, Feature, PublishedWeights, VersionState, WeightsKind
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
@@ -119,6 +119,26 @@ async def test_what_was_loaded_and_trained_is_there_after_an_upgrade(
             assert await running.client.versions() == before
         assert {**json.loads(kept.read_text()), "crc32": ""} == request | {"crc32": ""}
     assert [path.name for path in (state / "policies" / "actor" / "files").iterdir()] == ["2"]
+
+
+async def test_weights_of_a_kind_that_the_engine_takes_no_longer_are_not_served(tmp_path: Path) -> None:
+    """As when a policy becomes a guest on servers of another: it begins anew, and its versions go on."""
+    weights = tmp_path / "w.safetensors"
+    save_file({"w": np.zeros(3, np.float32)}, weights)
+    settings: dict[str, Any] = {"state_folder": tmp_path / "state", "weights_folder": tmp_path}
+    async with started(**settings) as running:
+        canary = (CanaryProbe((1, 2, 3), (-1.0, -1.0)),)
+        await running.client.update_weights(
+            PublishedWeights(1, WeightsKind.FULL, weights.as_uri(), sha256(weights), "one", canary)
+        )
+    fewer = frozenset(Feature) - {Feature.FULL_WEIGHTS}
+    for _ in range(2):
+        async with started(Opened(features=fewer), **settings) as running:
+            await running.serves("one", 2)
+            assert [one.kind for one in await running.client.versions()] == [
+                *(WeightsKind.ORIGINAL, WeightsKind.FULL, WeightsKind.ORIGINAL)
+            ]
+            await refused(running.client.rollback(1), Reason.VERSION_NOT_KEPT, Code.NOT_FOUND)
 
 
 async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ class SglangBackend(ServersBackend):
         assert isinstance(server, SglangServer)
         rid = uuid.uuid4().hex
         body = self._encode(ask, rid, target, stream=True)
+        # Nobody knows which server a router chooses: all should hold the target. No server uses the label of a guest's.
         label = target.label if connection is self._router and not server.guest else server.label
         reader = requests.SglangStream(label, incremental=server.incremental)
         finished = False

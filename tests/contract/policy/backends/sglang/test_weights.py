@@ -17,6 +17,7 @@ from mulligan.trainer.preflight import check_actor
 from mulligan.trainer.settings import LoraSettings, RunSettings, TrainedModelSettings
 from tests.support.found import sglang_address
 from tests.support.sglang import (
+    ATTENTION,
     MODEL,
     Load,
     admission,
@@ -30,8 +31,6 @@ from tests.support.sglang import (
     opened,
 )
 from tests.support.waiting import until
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @pytest.fixture(autouse=True)

@@ -306,6 +306,20 @@ async def test_weights_are_loaded_while_nothing_runs_and_then_named(skeleton: Sk
             await server.load_adapters(TargetWeights(target.weights, "3-ab", adapter="c", adapter_path="/shared/c"))
 
 
+async def test_a_guest_changes_no_weights(tmp_path: Path) -> None:
+    models = copy.deepcopy(RECORDED["models"])
+    models["data"][0]["root"] = str(EMBEDDED)
+    async with at_an_address(models=models) as (address, seen):
+        settings = VllmSettings(servers=(address,), adapters_only=True)
+        backend = await open_backend(model_settings(backend="vllm", model=str(EMBEDDED), vllm=settings), tmp_path, 0)
+        assert isinstance(backend, VllmBackend)
+        assert not {Feature.FULL_WEIGHTS, Feature.MEMORY_RELEASE} & backend.model.features
+        assert not backend._can_stream(Ask([1], SamplingParams())), "it is not told of the other policy's updates"
+        await backend.close()
+        asked = {path.partition("?")[0] for path, _ in seen.asked}
+        assert not asked & {"/pause", "/collective_rpc", "/update_weight_version", "/resume"}
+
+
 async def test_a_prompt_is_scored_at_once_only_without_lora(skeleton: Skeleton) -> None:
     plain = copy.deepcopy(RECORDED["server_info"])
     plain["vllm_config"]["lora_config"] = None
