@@ -51,7 +51,15 @@ TRL, BARE, OURS, SEPARATE = "TRL", "bare loop", "learner", "learner without shar
 STEPPED, REMOTE = "learner with optimizer steps", "learner over gRPC with optimizer steps"
 TRL_ROWS = (4, 8, 16, 32)
 LORA_RANK = 16
-LEAST = f"{peak.OURS}, LoRA, gradient checkpointing"
+FULL, TRL_FULL, LORA = f"{peak.OURS}, full", f"{peak.TRL}, full", f"{peak.OURS}, LoRA"
+CHECKPOINTING = f"{LORA}, gradient checkpointing"
+PEAKS = {  # of one step: the way, the rank of LoRA or 0, whether with gradient checkpointing
+    FULL: (peak.OURS, 0, False),
+    LORA: (peak.OURS, LORA_RANK, False),
+    CHECKPOINTING: (peak.OURS, LORA_RANK, True),
+    TRL_FULL: (peak.TRL, 0, False),
+    f"{peak.TRL}, LoRA": (peak.TRL, LORA_RANK, False),
+}
 Calls = Sequence[list[Datum]]
 Rates = dict[str, list[float]]  # tokens per second in each round, by way
 
@@ -154,13 +162,11 @@ def _best(model: Path, calls: Calls) -> TrlStep:
 
 
 def peaks(model: Path, batch: Path, rows: int) -> dict[str, int]:
-    """Bytes, by way and whether with LoRA."""
-    found = {
-        f"{way}, {'LoRA' if rank else 'full'}": peak.measured(way, model, batch, rows, rank)
-        for way in (peak.OURS, peak.TRL)
-        for rank in (0, LORA_RANK)
+    """Bytes, by the names of `PEAKS`."""
+    return {
+        name: peak.measured(way, model, batch, rows, rank, checkpointing=checkpointing)
+        for name, (way, rank, checkpointing) in PEAKS.items()
     }
-    return found | {LEAST: peak.measured(peak.OURS, model, batch, rows, LORA_RANK, checkpointing=True)}
 
 
 def report(found: Mapping[str, Rates], memory: Mapping[str, int], prefix: str = "") -> dict[str, float]:
@@ -181,10 +187,9 @@ def report(found: Mapping[str, Rates], memory: Mapping[str, int], prefix: str = 
         for ratio, way in (("trl", TRL), ("bare", BARE), ("prefix", SEPARATE)):
             ratios[f"{name}{ratio}_ratio"] = round(rates[OURS] / rates[way], 2)
         ratios[f"{name}grpc_ratio"] = round(rates[REMOTE] / rates[STEPPED], 2)
-    ours, theirs = memory[f"{peak.OURS}, full"], memory[f"{peak.TRL}, full"]
-    ratios[f"{prefix}lora_memory_ratio"] = round(memory[f"{peak.OURS}, LoRA"] / ours, 2)
-    ratios[f"{prefix}lora_checkpointing_memory_ratio"] = round(memory[LEAST] / ours, 2)
-    ratios[f"{prefix}trl_memory_ratio"] = round(ours / theirs, 2)
+    ratios[f"{prefix}lora_memory_ratio"] = round(memory[LORA] / memory[FULL], 2)
+    ratios[f"{prefix}lora_checkpointing_memory_ratio"] = round(memory[CHECKPOINTING] / memory[FULL], 2)
+    ratios[f"{prefix}trl_memory_ratio"] = round(memory[FULL] / memory[TRL_FULL], 2)
     return ratios
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.learner import __main__ as main
-from benchmarks.learner import peak, rollouts
+from benchmarks.learner import rollouts
 from benchmarks.learner.batches import ERL_DEMO, ERL_DEMO_LM, recorded
 from benchmarks.learner.with_trl import inputs
 from mulligan.trainer.data import Distillation, ModelLimits, PolicyGradient
@@ -47,9 +47,17 @@ def test_the_ratio_of_grpc_is_of_equal_work() -> None:
     """Both sides take the optimizer's step."""
     ways = (main.TRL, main.BARE, main.OURS, main.SEPARATE, main.STEPPED, main.REMOTE)
     rates = {way: [float(rate)] for way, rate in zip(ways, (10, 20, 40, 20, 32, 24), strict=True)}
-    memory = {f"{way}, {kind}": 1 for way in (peak.OURS, peak.TRL) for kind in ("full", "LoRA")}
-    found = main.report({"erl-demo": rates}, memory)
+    found = main.report({"erl-demo": rates}, dict.fromkeys(main.PEAKS, 1))
     assert (found["grpc_ratio"], found["bare_ratio"], found["prefix_ratio"]) == (0.75, 2.0, 2.0)
+
+
+def test_the_ratios_of_memory_are_of_a_step_of_all_weights() -> None:
+    ways = (main.TRL, main.BARE, main.OURS, main.SEPARATE, main.STEPPED, main.REMOTE)
+    rates = {way: [1.0] for way in ways}
+    memory = {main.FULL: 20, main.LORA: 15, main.CHECKPOINTING: 8, main.TRL_FULL: 40}
+    found = main.report({"erl-demo": rates}, memory)
+    names = ("lora_memory_ratio", "lora_checkpointing_memory_ratio", "trl_memory_ratio")
+    assert [found[name] for name in names] == [0.75, 0.4, 0.5]
 
 
 def test_whole_trainings_are_compared_round_by_round() -> None:
