@@ -15,6 +15,8 @@ from mulligan.trainer.data import Distillation, ModelLimits, PolicyGradient
 from mulligan.trainer.learner.batching import check, length, pack
 from mulligan.trainer.learner.prefix_tree import TreeSize, key
 
+WAYS = (main.TRL, main.BARE, main.OURS, main.SEPARATE, main.STEPPED, main.REMOTE)
+
 
 @pytest.mark.parametrize(("file", "vocabulary", "unique"), [(ERL_DEMO, 1024, 0.5), (ERL_DEMO_LM, 49_152, 0.6)])
 def test_the_recorded_steps_are_of_erl_and_repeat_themselves(file: Path, vocabulary: int, unique: float) -> None:
@@ -45,15 +47,13 @@ def test_trl_is_given_the_same_tokens_and_trains_the_same_of_them() -> None:
 
 def test_the_ratio_of_grpc_is_of_equal_work() -> None:
     """Both sides take the optimizer's step."""
-    ways = (main.TRL, main.BARE, main.OURS, main.SEPARATE, main.STEPPED, main.REMOTE)
-    rates = {way: [float(rate)] for way, rate in zip(ways, (10, 20, 40, 20, 32, 24), strict=True)}
+    rates = {way: [float(rate)] for way, rate in zip(WAYS, (10, 20, 40, 20, 32, 24), strict=True)}
     found = main.report({"erl-demo": rates}, dict.fromkeys(main.PEAKS, 1))
     assert (found["grpc_ratio"], found["bare_ratio"], found["prefix_ratio"]) == (0.75, 2.0, 2.0)
 
 
 def test_the_ratios_of_memory_are_of_a_step_of_all_weights() -> None:
-    ways = (main.TRL, main.BARE, main.OURS, main.SEPARATE, main.STEPPED, main.REMOTE)
-    rates = {way: [1.0] for way in ways}
+    rates = {way: [1.0] for way in WAYS}
     memory = {main.FULL: 20, main.LORA: 15, main.CHECKPOINTING: 8, main.TRL_FULL: 40}
     found = main.report({"erl-demo": rates}, memory)
     names = ("lora_memory_ratio", "lora_checkpointing_memory_ratio", "trl_memory_ratio")

@@ -89,7 +89,7 @@ class SglangBackend(ServersBackend):
         assert isinstance(server, SglangServer)
         rid = uuid.uuid4().hex
         body = self._encode(ask, rid, target, stream=True)
-        # Nobody knows which server a router chooses: all should hold the target. No server uses the label of a guest's.
+        # A router may choose any server, and all should hold the target. A server of a guest has its owner's label.
         label = target.label if connection is self._router and not server.guest else server.label
         reader = requests.SglangStream(label, incremental=server.incremental)
         finished = False
