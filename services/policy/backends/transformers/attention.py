@@ -275,17 +275,30 @@ class SlotAttention:
         scale: float | None,
         window: int | None,
     ) -> torch.Tensor:
+        packed = (part[0].transpose(0, 1) for part in (query_1HND, key_1HND, value_1HND))
+        return self.attend(layer, *packed, scale=scale, window=window)[None]
+
+    def attend(
+        self,
+        layer: int,
+        query_NHD: torch.Tensor,
+        key_NHD: torch.Tensor,
+        value_NHD: torch.Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """The output, [N, H, D]. Keys and values may have fewer heads."""
         keys = self._cache.keys[layer]
         values = self._cache.values[layer]
-        keys.transpose(1, 2).index_put_(self._places, key_1HND[0].transpose(0, 1))
-        values.transpose(1, 2).index_put_(self._places, value_1HND[0].transpose(0, 1))
-        query_NHD = query_1HND[0].transpose(0, 1)
+        keys.transpose(1, 2).index_put_(self._places, key_NHD)
+        values.transpose(1, 2).index_put_(self._places, value_NHD)
         shared_heads = query_NHD.shape[1] != keys.shape[1]
         outputs = [
             self._attend(group, query_NHD, keys, values, scale=scale, window=window, shared_heads=shared_heads)
             for group in self._groups
         ]
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
     def _attend(

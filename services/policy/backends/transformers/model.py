@@ -19,6 +19,7 @@ from mulligan.common.devices import TorchDevices
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from mulligan.policy.backends.transformers import Settings, attention
+from mulligan.policy.backends.transformers.decoder import Decoder
 from mulligan.policy.huggingface.tokenizer import Tokenizer
 from mulligan.policy.model_settings import ModelSettings
 
@@ -56,6 +57,7 @@ class Model:
             raise UnsupportedModel(f"{self.source} states no context length: set context_length")
         self.vocabulary_size = int(self.config.vocab_size)
         self._refuse_other_layers()
+        self._decoder: Decoder | None = None
         self.layers = self._check()
         self.fingerprint = model_fingerprint(self.module, self.tokenizer.inner)
 
@@ -80,14 +82,22 @@ class Model:
 
     def close(self) -> None:
         """Frees the memory of the weights. Nothing may use them any longer."""
+        self._decoder = None
         self.module.to("meta")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def forward(self, ids_1N: torch.Tensor, positions_1N: torch.Tensor, last_R: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] at the given indices of the packed row."""
-        output = self.module(input_ids=ids_1N, position_ids=positions_1N, use_cache=False, logits_to_keep=last_R)
+    def forward(
+        self, ids_N: torch.Tensor, positions_N: torch.Tensor, last_R: torch.Tensor, attend: attention.SlotAttention
+    ) -> torch.Tensor:
+        """Logits [R, V] at the given indices of the packed tokens."""
+        if self._decoder is not None:
+            return self._decoder(ids_N, positions_N, last_R, attend)
+        with attention.attending(attend):
+            output = self.module(
+                input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False, logits_to_keep=last_R
+            )
         logits: torch.Tensor = output.logits[0]
         return logits
 
@@ -138,6 +148,8 @@ class Model:
             with attention.attending(dense), torch.inference_mode():
                 self.module(input_ids=torch.from_numpy(rows[:1]).to(self.device), use_cache=False)
             self._check_layers(dense.layers)
+            if Decoder.can_run(self.module):
+                self._decoder = Decoder(self.module, dense.layers)
             found = self._packed_logits(rows, dense.layers)
         except (AttributeError, TypeError, ValueError) as error:
             raise UnsupportedModel(f"{self.source} does not run with another attention function: {error}") from error
@@ -180,12 +192,12 @@ class Model:
             taken = counts_R > 0
             packed = attention.pack(slots_R[taken], past_R[taken], counts_R[taken], length)
             ids = rows.reshape(-1)[packed.places]
-            with attention.attending(attention.SlotAttention(cache, packed, self.device)):
-                logits = self.forward(
-                    torch.from_numpy(ids).to(self.device)[None],
-                    torch.from_numpy(packed.positions).to(self.device)[None],
-                    torch.from_numpy(packed.last).to(self.device),
-                )
+            logits = self.forward(
+                torch.from_numpy(ids).to(self.device),
+                torch.from_numpy(packed.positions).to(self.device),
+                torch.from_numpy(packed.last).to(self.device),
+                attention.SlotAttention(cache, packed, self.device),
+            )
             past_R += counts_R
         return logits
 

@@ -26,6 +26,7 @@ _SHORTEST_COPY = 16
 _STOP_MARGIN = 16
 
 Ints = npt.NDArray[np.int64]
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, attention.SlotAttention], torch.Tensor]
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +47,7 @@ class Runner:
 
     def __init__(
         self,
-        forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        forward: Forward,
         cache: attention.SlotCache,
         device: torch.device,
         end_of_turn: Sequence[int],
@@ -150,13 +151,12 @@ class Runner:
 
     def _logits(self, packed: attention.Packed) -> torch.Tensor:
         ids_N = self._tokens.reshape(-1)[packed.places].astype(np.int64)
-        attend = attention.SlotAttention(self._cache, packed, self._device)
-        with attention.attending(attend):
-            return self._forward(
-                torch.from_numpy(ids_N).to(self._device)[None],
-                torch.from_numpy(packed.positions).to(self._device)[None],
-                torch.from_numpy(packed.last).to(self._device),
-            )
+        return self._forward(
+            torch.from_numpy(ids_N).to(self._device),
+            torch.from_numpy(packed.positions).to(self._device),
+            torch.from_numpy(packed.last).to(self._device),
+            attention.SlotAttention(self._cache, packed, self._device),
+        )
 
     def _extend(self, slots_S: Ints, logits_SV: torch.Tensor) -> list[tuple[Request, Sampled | DomainError]]:
         """Samples one token for each of these slots."""

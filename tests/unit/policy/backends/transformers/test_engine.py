@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import SamplingParams, StopReason, VersionSpan
 from mulligan.policy.backend import Sampled
-from mulligan.policy.backends.transformers.attention import SlotCache
+from mulligan.policy.backends.transformers.attention import SlotAttention, SlotCache
 from mulligan.policy.backends.transformers.engine import Engine
 from mulligan.policy.backends.transformers.runner import Request, Runner
 from tests.support.effort import examples
@@ -39,7 +39,9 @@ class Model:
         self.passes = 0
         self.fault: Exception | None = None
 
-    def __call__(self, ids_1N: torch.Tensor, positions_1N: torch.Tensor, last_R: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, ids_N: torch.Tensor, positions_N: torch.Tensor, last_R: torch.Tensor, attend: SlotAttention
+    ) -> torch.Tensor:
         assert self.hold.wait(10)
         if self.passes:
             self.passes -= 1
@@ -48,7 +50,7 @@ class Model:
         if fault := self.fault:
             self.fault = None
             raise fault
-        return TABLE[ids_1N[0, last_R]]
+        return TABLE[ids_N[last_R]]
 
 
 @dataclass

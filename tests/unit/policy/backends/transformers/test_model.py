@@ -18,7 +18,8 @@ from mulligan.common.inference import SamplingParams, WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.models.build import build_tokenizer
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.backends.transformers.attention import SlotCache
+from mulligan.policy.backends.transformers.attention import SlotAttention, SlotCache
+from mulligan.policy.backends.transformers.decoder import Decoder
 from mulligan.policy.backends.transformers.model import Model
 from mulligan.policy.backends.transformers.runner import Request, Runner
 from mulligan.policy.backends.transformers.weights import Weights
@@ -40,7 +41,15 @@ SMALL: dict[str, Any] = {
 }
 SUPPORTED: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**SMALL),
-    "tied": lambda: hf.Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "tied, with biases": lambda: hf.Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "biases everywhere": lambda: hf.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "normed queries and keys": lambda: hf.Qwen3Config(**SMALL, head_dim=12),
+    "one head of keys each, longer positions": lambda: hf.Qwen3Config(
+        **(SMALL | {"num_key_value_heads": 4}),
+        head_dim=8,
+        hidden_act="gelu",
+        rope_parameters={"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+    ),
     "sliding window": lambda: hf.MistralConfig(**SMALL, sliding_window=8),
     "some layers slide": lambda: hf.Gemma3TextConfig(
         **SMALL, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
@@ -70,7 +79,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 def saved(folder: Path, config: Any) -> Path:
     torch.manual_seed(0)
-    hf.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    model = hf.AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases begin as 0 and norms as 1, which would hide their use
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
 
@@ -113,6 +126,46 @@ def test_passes_over_slots_give_the_log_probs_of_the_models_own_code(name: str, 
         assert scored == pytest.approx(expected, abs=1e-4)
 
 
+WRITTEN_OUT = {
+    "llama",
+    "tied, with biases",
+    "sliding window",
+    "normed queries and keys",
+    "one head of keys each, longer positions",
+}
+
+
+@pytest.mark.parametrize("name", list(SUPPORTED))
+def test_the_common_decoders_are_written_out(name: str, tmp_path: Path) -> None:
+    model = Model(settings(saved(tmp_path, SUPPORTED[name]())))
+    assert Decoder.can_run(model.module) == (name in WRITTEN_OUT)
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN_OUT))
+def test_new_weights_count_in_passes_as_in_scores(name: str, tmp_path: Path) -> None:
+    model = Model(settings(saved(tmp_path, SUPPORTED[name]())))
+    weights = Weights(model.module, model.load_weights)
+    runner = runner_of(model)
+    prompt = list(range(20, 60))
+
+    def sampled() -> tuple[float, ...]:
+        """The log-probabilities of a completion by passes, which are those of scoring it."""
+        runner.flush()
+        runner.admit(Request(prompt, SamplingParams(max_tokens=4), seed=0))
+        while not (done := runner.step()):
+            pass
+        [(_, found)] = done
+        assert not isinstance(found, DomainError)
+        [[scored]] = list(model.score([[*prompt, *found.token_ids]], 1.0))
+        assert found.log_probs == pytest.approx(scored[len(prompt) - 1 :], abs=1e-4)
+        return found.log_probs
+
+    before = sampled()
+    changed = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.module.named_parameters()}
+    weights.apply(changed, WeightsKind.FULL)
+    assert sampled() != pytest.approx(before, abs=1e-2)
+
+
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_what_would_be_computed_wrongly_is_not_loaded(name: str, tmp_path: Path) -> None:
     make, words = REFUSED[name]
@@ -141,7 +194,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_tied_weights_are_in_a_file_once_under_either_name(tmp_path: Path) -> None:
-    model = Model(settings(saved(tmp_path / "model", SUPPORTED["tied"]())))
+    model = Model(settings(saved(tmp_path / "model", SUPPORTED["tied, with biases"]())))
     weights = Weights(model.module, model.load_weights)
     tensors = {name: torch.randn_like(tensor) for name, tensor in model.module.state_dict().items()}
     embedding = tensors.pop("model.embed_tokens.weight")
@@ -164,9 +217,9 @@ def test_only_new_tokens_of_a_conversation_are_computed(tmp_path: Path) -> None:
     model = Model(settings(saved(tmp_path, SUPPORTED["llama"]())))
     computed: list[int] = []
 
-    def forward(ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        computed.append(ids.shape[1])
-        return model.forward(ids, positions, last)
+    def forward(ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, attend: SlotAttention) -> torch.Tensor:
+        computed.append(len(ids))
+        return model.forward(ids, positions, last, attend)
 
     cache = SlotCache(model.layers, 3, model.context_length, torch.float32, model.device)
     runner = Runner(forward, cache, model.device, [1], str, reuse_prefixes=True, tokens_per_pass=4096)
