@@ -83,6 +83,7 @@ class AlgorithmSettings(MemoryUseSettings):
     name: str
     success_threshold: float = 1.0
     optimizer_steps: int = Field(1, ge=1, le=1000)
+    recompute_log_probs: bool = True
     normalize_by_std: bool = True
     advantage: str = ADVANTAGES.default
     advantage_settings: dict[str, Any] = Field(default_factory=dict)

@@ -216,6 +216,8 @@ class StepRunner:
                 data = [datum for datum in data if datum.weight and datum.objective.moves(self.settings.loss)]
         if not data:
             return left_out
+        if not self.settings.algorithm.recompute_log_probs:
+            data = [_as_sampled(datum) for datum in data]
         count = self.settings.algorithm.optimizer_steps
         if count > 1:
             data = await self._with_old_log_probs(data, begin)
@@ -371,6 +373,15 @@ class StepRunner:
         return ModelLimits(
             learner.vocabulary_size or policy.vocabulary_size, learner.context_length or policy.context_length
         )
+
+
+def _as_sampled(datum: Datum) -> Datum:
+    """With the policy that sampled as the old one, where the objective knows its log-probabilities."""
+    objective: Any = datum.objective
+    sampled = getattr(objective, "rollout_log_probs", ())
+    if not sampled or not _lacks_old(objective):
+        return datum
+    return replace(datum, objective=replace(objective, old_log_probs=sampled))
 
 
 def _lacks_old(objective: Objective) -> bool:

@@ -120,10 +120,11 @@ def _pairs(length: int, window: int) -> float:
 
 def step_flops(shape: ModelShape, training: Training, settings: RunSettings, step: StepTokens) -> Flops:
     """Of all sequences of a step. The KL's reference is one more forward pass, and with several optimizer steps so are
-    the log-probabilities before the first."""
+    the log-probabilities before the first, if they are computed anew."""
     one = sequence_flops(shape, training, step.episode_length, step.answers) * step.episodes
     found = one + sequence_flops(shape, training, step.text_length, step.text_answers) * step.texts
-    more = int(training.has_kl) + int(settings.algorithm.optimizer_steps > 1)
+    algorithm = settings.algorithm
+    more = int(training.has_kl) + int(algorithm.optimizer_steps > 1 and algorithm.recompute_log_probs)
     return Flops(found.forward * (1 + more), found.backward, found.recomputed)
 
 

@@ -12,6 +12,7 @@ from mulligan.common.experience import SegmentKind
 from mulligan.common.inference import SamplingParams
 from mulligan.common.types import Outcome
 from mulligan.trainer.data import Distillation, PolicyGradient
+from mulligan.trainer.objectives.negative_aware import NegativeAware
 from tests.support.fakes import FakeEnvironment, encode, timeout
 from tests.support.loop import Loop, in_turn
 
@@ -214,6 +215,27 @@ async def test_several_optimizer_steps_share_the_old_policy() -> None:
     assert all(len(objective.old_log_probs) == len(objective.rollout_log_probs) for objective in gradients)
     total = sum(datum.weight for datum in loop.learner.branch("first"))
     assert total == pytest.approx(2.0), "each of the two steps estimates the whole branch's mean"
+
+
+@pytest.mark.parametrize("optimizer_steps", [1, 2])
+async def test_without_recomputing_the_policy_that_sampled_is_the_old_one(optimizer_steps: int) -> None:
+    asked = {"optimizer_steps": optimizer_steps, "recompute_log_probs": False}
+    loop = Loop(scripted(["go", "a", "b", "c"], ["go", "d", "go"]), algorithm=asked)
+    await loop.step()
+    gradients = [d.objective for step in loop.learner.steps for d in step if isinstance(d.objective, PolicyGradient)]
+    assert gradients and loop.learner.forwards == []
+    assert all(one.old_log_probs == one.rollout_log_probs != () for one in gradients)
+
+
+async def test_without_recomputing_an_objective_without_log_probs_of_sampling_asks_the_learner() -> None:
+    loop = Loop(
+        scripted(["go", "a", "b", "c"], []),
+        algorithm={"name": "nft", "optimizer_steps": 2, "recompute_log_probs": False},
+    )
+    await loop.step()
+    objectives = [datum.objective for step in loop.learner.steps for datum in step]
+    assert len(loop.learner.forwards) == 1
+    assert all(isinstance(one, NegativeAware) and set(one.old_log_probs) == {-0.25} for one in objectives)
 
 
 async def test_a_template_that_rewrites_history_gives_one_sequence_per_turn() -> None:

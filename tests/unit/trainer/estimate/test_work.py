@@ -95,6 +95,9 @@ def test_a_step_runs_forward_once_more_for_the_kl_and_for_old_log_probabilities(
     assert step_flops(SHAPE, FULL, plain, step) == one
     found = step_flops(SHAPE, Training.of(kl, SHAPE), kl, step)
     assert found == Flops(3 * one.forward, one.backward, one.recomputed)
+    as_sampled = run_settings(algorithm={"optimizer_steps": 2, "recompute_log_probs": False})
+    found = step_flops(SHAPE, Training.of(as_sampled, SHAPE), as_sampled, step)
+    assert found == Flops(2 * one.forward, one.backward, one.recomputed)
 
 
 def test_time_is_work_over_the_share_of_the_peak() -> None:
