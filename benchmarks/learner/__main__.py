@@ -6,8 +6,8 @@ without checks, metrics or a policy-gradient loss; the learner in this process, 
 same without that; the learner with the optimizer's step, in this process and behind gRPC on loopback. The data are a
 step of ERL as the demo trained on it (in one call, and dealt out over its optimizer steps), and sequences that share
 nothing. With `--lm`, a folder of SmolLM2-135M (`mulligan models fetch smollm2-135m`), also a recorded step of `make
-demo-lm`. Padding is not counted. The peaks of memory of a step, with and without LoRA, are those of processes of their
-own. Whole trainings come last, beside TRL's (`benchmarks/learner/rollouts.py`).
+demo-lm`. Padding is not counted. The peaks of memory of two steps, with and without LoRA, are those of processes of
+their own. Whole trainings come last, beside TRL's (`benchmarks/learner/rollouts.py`).
 """
 
 from __future__ import annotations
@@ -180,7 +180,9 @@ def report(found: Mapping[str, Rates], memory: Mapping[str, int], prefix: str = 
             for way, values in ways.items()
         ],
     )
-    print_table(("a step of", "raises the memory by, GB"), [(way, f"{size / 1e9:.2f}") for way, size in memory.items()])
+    print_table(
+        ("two steps of", "raise the memory by, GB"), [(way, f"{size / 1e9:.2f}") for way, size in memory.items()]
+    )
     ratios: dict[str, float] = {}
     for place, (data, rates) in enumerate(medians.items()):
         name = f"{prefix}{data.replace('-', '_').replace(' ', '_')}_" if place else prefix

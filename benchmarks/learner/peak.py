@@ -1,7 +1,7 @@
-"""Prints by how many bytes a step of training raises the memory of a process: `python -m benchmarks.learner.peak`.
+"""Prints by how many bytes training raises the memory of a process: `python -m benchmarks.learner.peak`.
 
-A step is the gradient of a recorded batch and AdamW. The model is loaded within what is measured, the imports before.
-Linux only.
+Two steps are taken, each the gradient of a recorded batch and AdamW: the optimizer's moments are there from the first
+step on, so the second has the peak. The model is loaded within what is measured, the imports before. Linux only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mulligan.trainer.losses import ppo
 from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
 
 OURS, TRL = "learner", "TRL"
+STEPS = 2
 
 
 def measured(way: str, model: Path, batch: Path, rows: int, lora: int, *, checkpointing: bool = False) -> int:
@@ -43,12 +44,15 @@ def _ours(model: Path, batch: Path, lora: LoraSettings | None, *, checkpointing:
             folder / "weights", folder / "checkpoints", threads=1, gradient_checkpointing=checkpointing
         )
         learner = Learner("peak", LearnerSpec(TrainedModelSettings(source=str(model), lora=lora)), server)
-        learner.forward_backward(recorded(batch), ppo.Settings(kl_coefficient=0.0))
-        learner.optim_step()
+        for _ in range(STEPS):
+            learner.forward_backward(recorded(batch), ppo.Settings(kl_coefficient=0.0))
+            learner.optim_step()
 
 
 def _trl(model: Path, batch: Path, rows: int, lora: LoraSettings | None) -> None:
-    TrlStep(model, rows, lora).step(recorded(batch))
+    trainer = TrlStep(model, rows, lora)
+    for _ in range(STEPS):
+        trainer.step(recorded(batch))
 
 
 def _resident(line: str) -> int:

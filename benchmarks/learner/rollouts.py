@@ -2,11 +2,12 @@
 `python -m benchmarks.learner.rollouts [--quick]`.
 
 Both train the embedded model by GRPO as the recipe frozenlake-3x3-rlvr says: the same training boards, rollouts per
-step, sampling, limits, loss, optimizer and optimizer steps. Mulligan's four services run as `mulligan demo` runs them,
-also with steps that overlap (`rollout.max_staleness` 1), which GRPOTrainer has not. TRL is one process, with
-`environment_factory`, transformers' `generate` and as many threads as torch takes
-(`benchmarks/learner/trl_rollouts.py`). They take turns on the whole machine. The first step of each run is not counted,
-nor what comes before.
+step, sampling, limits, loss, optimizer and optimizer steps. Mulligan's four services run as `mulligan demo` runs them.
+They are also measured with two settings that GRPOTrainer has not: steps that overlap (`rollout.max_staleness` 1), and
+the log-probabilities of sampling in place of those that the learner computes before a step
+(`algorithm.recompute_log_probs` false). TRL is one process, with `environment_factory`, transformers' `generate` and as
+many threads as torch takes (`benchmarks/learner/trl_rollouts.py`). All take turns on the whole machine. The first step
+of each run is not counted, nor what comes before.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from mulligan.cli.local import LocalServices
 from mulligan.cli.train import read_settings
 from mulligan.trainer.settings import RunSettings
 
-OURS, OVERLAPPING, TRL = "Mulligan", "Mulligan, steps overlap", "TRL, environment_factory"
+OURS, TRL = "Mulligan", "TRL, environment_factory"
+OVERLAPPING = "Mulligan, steps overlap"
+AS_SAMPLED = "Mulligan, log-probabilities of sampling"
+BOTH = "Mulligan, both"
 RECIPE = Path("frozenlake-3x3-rlvr")
 
 
@@ -47,6 +51,12 @@ def settings_of(steps: int) -> RunSettings:
 def overlapping(settings: RunSettings) -> RunSettings:
     """A step is sampled while the one before is learned."""
     return settings.model_copy(update={"rollout": settings.rollout.model_copy(update={"max_staleness": 1})})
+
+
+def as_sampled(settings: RunSettings) -> RunSettings:
+    """The old policy's log-probabilities are those of sampling."""
+    algorithm = settings.algorithm.model_copy(update={"recompute_log_probs": False})
+    return settings.model_copy(update={"algorithm": algorithm})
 
 
 def trl(settings: RunSettings, steps: int) -> float:
@@ -73,6 +83,8 @@ async def rates(steps: int, rounds: int) -> dict[str, list[float]]:
                 OURS: partial(ours, settings),
                 TRL: partial(asyncio.to_thread, trl, settings, steps),
                 OVERLAPPING: partial(ours, overlapping(settings)),
+                AS_SAMPLED: partial(ours, as_sampled(settings)),
+                BOTH: partial(ours, overlapping(as_sampled(settings))),
             }
             return await alternate(ways, rounds)
 
@@ -88,6 +100,8 @@ def report(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {
         "trl_rollouts_ratio": ratio(OURS),
         "trl_rollouts_overlapping_ratio": ratio(OVERLAPPING),
+        "trl_rollouts_as_sampled_ratio": ratio(AS_SAMPLED),
+        "trl_rollouts_both_ratio": ratio(BOTH),
         "rollouts_per_second": round(median(found[OURS]), 1),
         "trl_rollouts_per_second": round(median(found[TRL]), 1),
     }

@@ -61,6 +61,7 @@ class TrlStep:
         self._backward(data)
         self._trainer.create_optimizer()
         self._trainer.optimizer.step()
+        self._trainer.model.zero_grad(set_to_none=True)
 
     def _backward(self, data: list[Datum]) -> None:
         ordered = sorted(data, key=lambda datum: len(datum.token_ids))  # to TRL's advantage: less padding

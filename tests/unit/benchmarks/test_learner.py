@@ -65,10 +65,14 @@ def test_whole_trainings_are_compared_round_by_round() -> None:
         rollouts.OURS: [20.0, 90.0, 60.0],
         rollouts.TRL: [10.0, 30.0, 30.0],
         rollouts.OVERLAPPING: [30.0, 60.0, 90.0],
+        rollouts.AS_SAMPLED: [15.0, 75.0, 75.0],
+        rollouts.BOTH: [40.0, 90.0, 120.0],
     }
     assert rollouts.report(found) == {
         "trl_rollouts_ratio": 2.0,
         "trl_rollouts_overlapping_ratio": 3.0,
+        "trl_rollouts_as_sampled_ratio": 2.5,
+        "trl_rollouts_both_ratio": 4.0,
         "rollouts_per_second": 60.0,
         "trl_rollouts_per_second": 30.0,
     }
@@ -79,3 +83,5 @@ def test_a_measured_training_plays_each_of_its_boards_once() -> None:
     assert settings.rollout.train_tasks == settings.steps * settings.rollout.tasks_per_step
     assert settings.evaluation.every == 0
     assert rollouts.overlapping(settings).rollout.max_staleness == 1
+    assert settings.algorithm.recompute_log_probs
+    assert not rollouts.as_sampled(settings).algorithm.recompute_log_probs
