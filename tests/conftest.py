@@ -24,7 +24,7 @@ from mulligan.testing.processes import ServiceProcesses
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes depends on what else the machine does.
 settings.register_profile("thorough", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=100)
-settings.register_profile("tests", settings.get_profile("thorough"), max_examples=50)
+settings.register_profile("tests", settings.get_profile("thorough"), max_examples=30)
 settings.register_profile("quick", settings.get_profile("thorough"), max_examples=20)  # of `make unit`
 settings.load_profile("tests")
 # By default structlog has rich format tracebacks, with all local variables: seconds of computing for each.

@@ -55,6 +55,10 @@ def notices_of_ignored(settings: RunSettings) -> Iterator[str]:
         if _is_given_in_vain(settings, entry):
             named = entry if "." in entry else f"algorithm.{entry}"
             yield f'{named}: it has no effect with algorithm.name = "{algorithm.name}"'
+    if not algorithm.recompute_log_probs:
+        for entry in sorted({"loss.mismatch_correction", "loss.mismatch_limit"} - ignored):
+            if _is_given_in_vain(settings, entry):
+                yield f"{entry}: it has no effect with algorithm.recompute_log_probs = false"
 
 
 def _is_given_in_vain(settings: RunSettings, entry: str) -> bool:

@@ -52,7 +52,7 @@ POLICY_GRADIENT = frozenset(
         "mismatch_correction",
         "mismatch_limit",
     )
-)
+) | {"recompute_log_probs"}
 REFERENCE = frozenset({"loss.kl_reference", "loss.reference_every"})
 AGGREGATION = frozenset({"aggregation", "aggregation_constant"})
 CUT_TEXTS = frozenset({"train_cut_reflections"})  # of an algorithm that trains no reflections

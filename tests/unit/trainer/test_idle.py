@@ -145,6 +145,9 @@ def given(algorithm: dict[str, Any], **tables: Any) -> list[str]:
         ),
         ({"name": "expert_iteration", "advantage_settings": {}, "thresholds": [0.5]}, {}, ["algorithm.thresholds"]),
         ({"name": "expert_iteration", "filter": "rest", "thresholds": [0.5]}, {}, []),
+        ({"name": "hindsight", "recompute_log_probs": False}, {}, ["algorithm.recompute_log_probs"]),
+        ({"name": "nft", "recompute_log_probs": False}, {}, ["algorithm.recompute_log_probs"]),
+        ({"name": "rlvr", "recompute_log_probs": False}, {}, []),
         ({"name": "sdpo", "advantage": "rloo"}, {"name": "gspo"}, ["algorithm.advantage", "loss.name"]),
         ({"name": "sdpo", "advantage": "rloo", "first_weight": 1}, {"name": "gspo"}, []),
         ({"name": "rlvr", "advantage": "rloo"}, {"name": "gspo", "kl_coefficient": 0.5}, []),
@@ -158,6 +161,15 @@ def test_what_means_nothing_to_the_algorithm_is_told(
     algorithm: dict[str, Any], loss: dict[str, Any], expected: list[str]
 ) -> None:
     assert given(algorithm, loss=loss) == expected
+
+
+def test_the_mismatch_is_corrected_by_the_ratio_itself_without_recomputed_log_probs() -> None:
+    table = {"name": "rlvr", "recompute_log_probs": False}
+    loss = {"mismatch_correction": "masked", "mismatch_limit": 3.0}
+    run = RunSettings.model_validate({"environment": "e", "algorithm": table, "loss": loss})
+    said = "it has no effect with algorithm.recompute_log_probs = false"
+    assert idle_notices(run) == [f"loss.mismatch_correction: {said}", f"loss.mismatch_limit: {said}"]
+    assert idle_notices(RunSettings.model_validate({"environment": "e", "algorithm": table})) == []
 
 
 def test_what_has_two_reasons_is_told_once() -> None:

@@ -44,6 +44,7 @@ def other() -> Iterator[ReasoningGym]:
     made.close()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_every_generator_makes_the_same_task_in_each_process_and_knows_its_answer(
     game: ReasoningGym, other: ReasoningGym

@@ -32,7 +32,7 @@ print(weights_digest(learner))
 """
 
 
-@pytest.mark.parametrize("lora", [FULL, LORA])
+@pytest.mark.parametrize("lora", [pytest.param(FULL, marks=pytest.mark.long), LORA])
 def test_a_resumed_learner_ends_bit_equal(tiny: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
     straight = make(tiny, tmp_path / "straight", lora)
     learn(straight, range(6))
