@@ -561,10 +561,10 @@ class AlgorithmConfig(_message.Message):
     """
     recompute_log_probs: _builtins.bool
     """Whether the learner computes the old policy's log-probabilities before the first of several optimizer steps. If not,
-    those of sampling take their place, as far as the objective has them. The ratio then compares with the policy that
-    sampled, also with one optimizer step, the mismatch correction has no effect, and a step saves a forward pass over
-    its data. Meant for a policy that computes the same log-probabilities as the learner, as the embedded engine does.
-    Default true.
+    those of sampling take their place, where the objective has them, also with one optimizer step. The ratio then
+    compares with the policy that sampled, and the mismatch correction has no effect. With several optimizer steps, a
+    step saves a forward pass over its data. Meant for a policy that computes the same log-probabilities as the learner,
+    as the embedded engine does. Default true.
     """
     @_builtins.property
     def settings(self) -> _struct_pb2.Struct:

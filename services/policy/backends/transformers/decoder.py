@@ -1,8 +1,8 @@
 """The forward pass of the most common decoders, written out for packed tokens.
 
-transformers computes each query, key and value, each half of a gate and each step of a norm by itself, through many
-layers of Python. That is most of the time of a pass over few tokens: such a pass takes about half the time here.
-`Model` compares its log-probabilities to those of transformers when it loads.
+transformers computes a pass in many small operations, each started from Python. With few tokens, starting them takes
+most of the time. The pass here has fewer: queries, keys and values are one matrix product, and so are both halves of
+the gate. `Model` compares its log-probabilities to those of transformers when it loads.
 
 Shapes: N packed tokens, R requests, C hidden size, V vocabulary; H heads of queries, K of keys, J = H + K, D their
 size, E = D / 2; X numbers of all heads of a token.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.functional import embedding, linear, rms_norm
 
@@ -51,9 +52,10 @@ class Decoder:
     @staticmethod
     def can_run(module: Any) -> bool:
         """Whether all layers of the module are as this class computes them."""
-        if type(module).__name__ not in _CLASSES:
+        name = type(module).__name__
+        if name not in _CLASSES or type(module) is not getattr(transformers, name):
             return False
-        linears = [part for name, part in module.named_modules() if name.endswith(("_proj", "lm_head"))]
+        linears = [part for at, part in module.named_modules() if at.endswith(("_proj", "lm_head"))]
         own_bias = [layer.self_attn.o_proj.bias for layer in module.model.layers]
         own_bias += [layer.mlp.down_proj.bias for layer in module.model.layers]
         plain = all(type(part) is nn.Linear for part in linears)
@@ -139,7 +141,8 @@ def _norm(norm: Any, input_NC: torch.Tensor) -> torch.Tensor:
 
 
 def _rotated(input_NJD: torch.Tensor, cos_N1D: torch.Tensor, sin_N1E: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: the first half of each head is turned with its second half."""
+    """Rotary positions (arXiv 2104.09864). As in transformers, a number in the first half of a head is rotated together
+    with the one at the same place in the second half."""
     first, second = input_NJD.chunk(2, -1)
     output_NJD = input_NJD * cos_N1D
     turned, after = output_NJD.chunk(2, -1)
