@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
 import random
 import shutil
 import sys
@@ -96,8 +97,10 @@ def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     batches = batches_of(arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device")
-        report(arguments, [planned(arguments, way, batch, 1) for way in arguments.ways for batch in batches])
+        gpus = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+        if os.environ.get("RANK", "0") == "0":
+            print("no CUDA device")
+            report(arguments, [planned(arguments, way, batch, gpus) for way in arguments.ways for batch in batches])
         return
     torch.set_num_threads(1)
     ranks = Ranks.join(arguments.device) if launched() else Ranks()
@@ -166,6 +169,7 @@ def measured(
             continue
         try:
             learner = learner or learner_of(arguments, folder, ranks, way)
+            say(ranks, f"{way}, {batch.name}:")
             times, peak = timed(learner, batch, ranks, 2 if arguments.quick else 4, on_gpu=on_gpu)
         except torch.OutOfMemoryError:
             if ranks.size > 1:  # the other processes wait for this one, and end with it
@@ -175,8 +179,14 @@ def measured(
         rate = sum(map(length, batch.data(ranks.size))) / median(times[1:])  # the first is warm-up
         mfu = None if batch.is_alike else utilisation(arguments, way, batch.tokens, rate / ranks.size)
         done = replace(plan, tokens_per_second=rate, mfu=mfu, peak_gib=peak)
-        print(f"{done}; rounds {', '.join(f'{each:.2f}' for each in times)} s", file=sys.stderr, flush=True)
+        say(ranks, str(done))
         yield done
+
+
+def say(ranks: Ranks, text: str) -> None:
+    """Progress, once for all processes."""
+    if ranks.is_first:
+        print(text, file=sys.stderr, flush=True)
 
 
 def learner_of(arguments: argparse.Namespace, folder: Path, ranks: Ranks, way: str) -> Learner:
@@ -247,6 +257,7 @@ def timed(
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+        say(ranks, f"  round {len(times)} of {rounds}: {times[-1]:.2f} s")
     return times, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
 
 

@@ -26,6 +26,10 @@ from mulligan.trainer.trainable import prompt_notices
 log = structlog.get_logger()
 # Weights that were published, and cannot be given to a policy again.
 _UNREADABLE = (Reason.WEIGHTS_NOT_FOUND, Reason.CHECKSUM_MISMATCH, Reason.BAD_WEIGHTS_URI)
+EVALUATIONS_TAKE_LONG = (
+    "the learner waits for evaluations that run beside training: one takes longer than evaluation.every steps; with a "
+    "larger evaluation.every, or fewer evaluation.tasks or evaluation.samples, it does not wait"
+)
 
 
 class Evaluations:
@@ -129,7 +133,8 @@ class Evaluations:
             return
         recall = await self._recall()
         if self._evaluator is None:
-            if self._settings.rollout.max_staleness and 0 < trained < self._settings.steps:
+            overlapping = self._settings.trains and self._settings.rollout.max_staleness > 0
+            if overlapping and 0 < trained < self._settings.steps:
                 self._tell(
                     [
                         "the learner waits for each evaluation: with policies.evaluator, a second policy that serves "
@@ -166,6 +171,11 @@ class Evaluations:
             for place, environment in enumerate(self._players)
             if trained not in self._events.evaluations(self._told_as(place, environment))
         ]
+
+    @property
+    def under_way(self) -> bool:
+        """Whether an evaluation runs beside training."""
+        return self._beside is not None and not self._beside.done()
 
     async def finish(self) -> None:
         """Waits for an evaluation that runs beside training. Raises what it raised."""

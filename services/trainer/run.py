@@ -21,7 +21,7 @@ from mulligan.common.tracing import span
 from mulligan.trainer.activity import CurrentActivity
 from mulligan.trainer.checked import CheckedRun, check_evaluator, check_run, open_served
 from mulligan.trainer.checkpoints import CheckpointTimes
-from mulligan.trainer.evaluations import Evaluations
+from mulligan.trainer.evaluations import EVALUATIONS_TAKE_LONG, Evaluations
 from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
@@ -273,6 +273,7 @@ class Run:
         actor = await services.actor(settings, learner, self.notice)
         checkpoint = self.folder.checkpoint()
         if checkpoint is not None and learner is not None:
+            self.activity.begin("loading the checkpoint")
             await learner.load_checkpoint(checkpoint.name)
         incarnation = uuid.uuid4().hex[:8]
         restarts = settings.rollout.max_restarts
@@ -306,6 +307,7 @@ class Run:
         if checkpoint is None:
             await self._save(runner, evaluations)
         async with evaluations, pipeline:
+            self.activity.begin("starting an evaluation")
             await evaluations.go_on()
             await self._loop(runner, actor, pipeline, evaluations)
         if self.step == settings.steps:
@@ -326,19 +328,29 @@ class Run:
         begun_at = self.step
         while self.step < settings.steps and not self._stop.is_set():
             if evaluations.is_due(self.step):
-                await evaluations.finish()
+                await self._wait_for(evaluations)
             evaluations.check()
             if self._checkpoints.is_due:
                 await self._save(runner, evaluations)
             if evaluations.is_due(self.step):
+                self.activity.begin("starting an evaluation")
                 await evaluations.begin(self.step)
             await self._step(actor, pipeline)
         if self.step > begun_at:
             await self._save(runner, evaluations)
-        await evaluations.finish()
+        await self._wait_for(evaluations)
         if self.step == settings.steps:
+            self.activity.begin("starting an evaluation")
             await evaluations.begin(self.step)
-            await evaluations.finish()
+            await self._wait_for(evaluations)
+
+    async def _wait_for(self, evaluations: Evaluations) -> None:
+        """Waits for the evaluation that runs beside training, if one does. Raises what it raised."""
+        if evaluations.under_way:
+            self.activity.begin("waiting for the evaluation")
+            if self.step < self.settings.steps and not self._stop.is_set():
+                self._tell_once(EVALUATIONS_TAKE_LONG)
+        await evaluations.finish()
 
     async def _publish(self, policy: PublishedPolicy | ServedPolicy) -> None:
         if self.settings.trains:
@@ -348,6 +360,7 @@ class Run:
     async def _step(self, policy: PublishedPolicy | ServedPolicy, pipeline: Pipeline) -> None:
         """Samples, learns, publishes, memorises. A repeated step finds its samples in the journal."""
         start = _clock()
+        self.activity.begin("beginning a step")
         await pipeline.admit(self.step)
         sampling = pipeline.sampling(self.step)
         with sampling.span:

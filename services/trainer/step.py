@@ -229,7 +229,10 @@ class StepRunner:
                 losses = await self.learner.forward_backward(minibatch, self.settings.loss)
             metrics.append(losses | await self.learner.optim_step())
         not_finite = sum(one.get("not_finite", 0.0) for one in metrics)
-        return mean_metrics(metrics) | {"not_finite": not_finite} | left_out
+        means = mean_metrics(metrics)
+        if not self.settings.algorithm.recompute_log_probs:  # log-probabilities of sampling compared with themselves
+            means = {name: value for name, value in means.items() if name.rpartition("/")[2] != "mismatch_kl"}
+        return means | {"not_finite": not_finite} | left_out
 
     async def memorise(
         self, experiences: Sequence[Experience], replaced: Sequence[Experience] = (), *, rewrites: bool = True

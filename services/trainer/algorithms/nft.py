@@ -48,7 +48,7 @@ class Settings(AlgorithmSettings):
         return SUPERVISED | CUT_TEXTS | READING
 
 
-PLAYS = Played(1)
+PLAYS = Played(1, unsampled=1)
 REMEMBERS = False
 
 

@@ -69,7 +69,7 @@ class Settings(AlgorithmSettings):
         return CUT_TEXTS | (READING if self.hints else frozenset())
 
 
-PLAYS = Played(1, copies=1)
+PLAYS = Played(1, copies=1, unsampled=1)
 REMEMBERS = False
 
 

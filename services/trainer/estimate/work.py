@@ -38,6 +38,7 @@ class StepTokens:
     """A training step at the limits of its settings: sequences are trained ones, lengths are in tokens."""
 
     episodes: int  # and their copies
+    unsampled: int  # of these: the learner alone knows the old policy's log-probabilities
     texts: int
     episode_length: int
     text_length: int
@@ -66,6 +67,7 @@ def step_tokens(settings: RunSettings, plays: Played, *, turns: int, prompt: int
     text_answers = max(1, text - prompt)
     return StepTokens(
         episodes=chains * (plays.episodes + plays.copies),
+        unsampled=chains * plays.unsampled,
         texts=chains * plays.texts,
         episode_length=episode,
         text_length=text,
@@ -119,13 +121,16 @@ def _pairs(length: int, window: int) -> float:
 
 
 def step_flops(shape: ModelShape, training: Training, settings: RunSettings, step: StepTokens) -> Flops:
-    """Of all sequences of a step. The KL's reference is one more forward pass, and with several optimizer steps so are
-    the log-probabilities before the first, if they are computed anew."""
-    one = sequence_flops(shape, training, step.episode_length, step.answers) * step.episodes
-    found = one + sequence_flops(shape, training, step.text_length, step.text_answers) * step.texts
+    """Of all sequences of a step. The KL's reference is one more forward pass. With several optimizer steps so are the
+    old policy's log-probabilities, of the sequences for which they are computed."""
+    episode = sequence_flops(shape, training, step.episode_length, step.answers)
+    found = episode * step.episodes + sequence_flops(shape, training, step.text_length, step.text_answers) * step.texts
+    forward = found.forward * (2 if training.has_kl else 1)
     algorithm = settings.algorithm
-    more = int(training.has_kl) + int(algorithm.optimizer_steps > 1 and algorithm.recompute_log_probs)
-    return Flops(found.forward * (1 + more), found.backward, found.recomputed)
+    if algorithm.optimizer_steps > 1:
+        computes = algorithm.recompute_log_probs and "recompute_log_probs" not in algorithm.without_effect
+        forward += found.forward if computes else episode.forward * step.unsampled
+    return Flops(forward, found.backward, found.recomputed)
 
 
 def seconds(flops: Flops, gpu: Gpu, training: Training, *, gpus: int, utilisation: float, checkpointing: bool) -> float:

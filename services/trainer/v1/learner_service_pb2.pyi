@@ -581,13 +581,15 @@ class PolicyGradient(_message.Message):
     """Of every trained token of the datum. 0 where there are `advantages`."""
     @_builtins.property
     def rollout_log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The log-probabilities that the inference engine reported when it sampled, one per trained token. They serve only to
-        correct the mismatch between engine and learner.
+        """The log-probabilities that the inference engine reported when it sampled, one per trained token. By them
+        the mismatch between engine and learner is measured and corrected: their differences from old_log_probs.
         """
 
     @_builtins.property
     def old_log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """PPO's old policy, one per trained token, from Forward. The present weights when empty."""
+        """PPO's old policy, one per trained token: from Forward, or rollout_log_probs where the policy that sampled is meant.
+        The present weights when empty.
+        """
 
     @_builtins.property
     def advantages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:

@@ -562,9 +562,9 @@ class AlgorithmConfig(_message.Message):
     recompute_log_probs: _builtins.bool
     """Whether the learner computes the old policy's log-probabilities before the first of several optimizer steps. If not,
     those of sampling take their place, where the objective has them, also with one optimizer step. The ratio then
-    compares with the policy that sampled, and the mismatch correction has no effect. With several optimizer steps, a
-    step saves a forward pass over its data. Meant for a policy that computes the same log-probabilities as the learner,
-    as the embedded engine does. Default true.
+    compares with the policy that sampled, the mismatch correction has no effect, and mismatch_kl is not reported. With
+    several optimizer steps, a step saves a forward pass over its data. Meant for a policy that computes the same
+    log-probabilities as the learner, as the embedded engine does; canary_difference shows whether it does. Default true.
     """
     @_builtins.property
     def settings(self) -> _struct_pb2.Struct:

@@ -39,6 +39,20 @@ def test_without_a_gpu_it_prints_the_estimates(
     assert result["benchmark"] == "scale" and result["device"] is None
 
 
+def test_of_several_processes_one_prints_the_estimates_for_their_gpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    _, result = result_of(["--rows", "16384", "--ways", "full"], monkeypatch, capsys)
+    expected = memory(shape_from(QWEN3_4B), Training(), 16_384, gpus=8, checkpointing=True).total / 2**30
+    assert (result["ways"][0]["gpus"], result["ways"][0]["estimated_gib"]) == (8, expected)
+    monkeypatch.setenv("RANK", "1")
+    main()
+    assert capsys.readouterr().out == ""
+
+
 def test_a_tiny_shape_is_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--shape", "tiny", "--quick", "--rows", "64"]
     lines, result = result_of(arguments, monkeypatch, capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from math import sqrt
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from mulligan.common.experience import SegmentKind
 from mulligan.common.inference import SamplingParams
 from mulligan.common.types import Outcome
-from mulligan.trainer.data import Distillation, PolicyGradient
+from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.objectives.negative_aware import NegativeAware
 from tests.support.fakes import FakeEnvironment, encode, timeout
 from tests.support.loop import Loop, in_turn
@@ -221,7 +223,14 @@ async def test_several_optimizer_steps_share_the_old_policy() -> None:
 async def test_without_recomputing_the_policy_that_sampled_is_the_old_one(optimizer_steps: int) -> None:
     asked = {"optimizer_steps": optimizer_steps, "recompute_log_probs": False}
     loop = Loop(scripted(["go", "a", "b", "c"], ["go", "d", "go"]), algorithm=asked)
+    report = loop.learner.forward_backward
+
+    async def reporting(data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
+        return await report(data, loss) | {"mismatch_kl": 0.0, "first/mismatch_kl": 0.0, "first/kl": 0.5}
+
+    loop.learner.forward_backward = reporting  # type: ignore[method-assign]
     await loop.step()
+    assert "first/kl" in loop.metrics and not any("mismatch" in name for name in loop.metrics), "nothing was compared"
     gradients = [d.objective for step in loop.learner.steps for d in step if isinstance(d.objective, PolicyGradient)]
     assert gradients and loop.learner.forwards == []
     assert all(one.old_log_probs == one.rollout_log_probs != () for one in gradients)

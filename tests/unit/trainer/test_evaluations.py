@@ -8,6 +8,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_evaluations_by_a_second_policy_run_beside_training(tmp_path: Path, ahea
     learned = [weights.uri for weights in given]
     assert learned == [f"file:///w%20{version}" for version in (1, 3, 5, 6)], "after 0, 2, 4 and 5 steps"
     assert sorted(world.learner.checkpoints) == ["run-000000", "run-000002", "run-000004", "run-000005"]
-    assert "the learner waits" not in " ".join(notices(world.run()))
+    assert "the learner waits for each evaluation" not in " ".join(notices(world.run()))
 
 
 def test_without_a_second_policy_the_learner_waits_and_says_so_once(tmp_path: Path) -> None:
@@ -109,6 +110,32 @@ def test_without_a_second_policy_the_learner_waits_and_says_so_once(tmp_path: Pa
     in_turns = SlowWorld(tmp_path / "turns", 0, evaluation={"every": 1, "samples": 1})
     train(in_turns)
     assert not any("the learner waits" in text for text in notices(in_turns.run()))
+    memory_alone = SlowWorld(tmp_path / "alone", 1, learner="none", evaluation={"every": 1, "samples": 1})
+    train(memory_alone)
+    assert not any("the learner waits" in text for text in notices(memory_alone.run()))
+
+
+def test_a_wait_for_the_evaluation_before_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = EvaluatedWorld(tmp_path, 1, seconds=VERY_LONG, evaluation={"every": 1, "samples": 1}, checkpoint_every=100)
+    told: list[tuple[int, str]] = []
+
+    async def watched() -> None:
+        clock = asyncio.get_running_loop().time
+        monkeypatch.setattr("mulligan.trainer.activity.time", SimpleNamespace(monotonic=clock))
+        run = world.run()
+        task = asyncio.create_task(run.train())
+        while not task.done():
+            now = run.activity.now()
+            told.append((run.step, f"{now.doing} {now.done}/{now.total}"))
+            await asyncio.sleep(VERY_LONG / 4)
+        await task
+
+    run_in_virtual_time(watched())
+    waits = {step for step, text in told if text.startswith("waiting for the evaluation")}
+    assert waits == set(range(1, STEPS + 1))
+    others = [text for _, text in told if not text.startswith("waiting for the evaluation")]
+    assert not any(int(text.rpartition("/")[2]) > VERY_LONG / 4 for text in others), "no wait is told as something else"
+    assert len([text for text in notices(world.run()) if text.startswith("the learner waits")]) == 1
 
 
 @settings(max_examples=examples(15), suppress_health_check=QUIET)

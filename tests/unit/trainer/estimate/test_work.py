@@ -100,6 +100,19 @@ def test_a_step_runs_forward_once_more_for_the_kl_and_for_old_log_probabilities(
     assert found == Flops(2 * one.forward, one.backward, one.recomputed)
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
+@pytest.mark.parametrize(("name", "more"), [("expert_iteration", 0), ("dpo_pairs", 0), ("nft", 1)])
+def test_a_step_runs_forward_once_more_where_the_objective_compares_with_an_old_policy(
+    name: str, more: int, recomputes: bool
+) -> None:
+    """As the runs themselves do: the objective of NFT compares with it by the learner's log-probabilities alone."""
+    chosen = {"name": name, "optimizer_steps": 2, "recompute_log_probs": recomputes}
+    settings = run_settings(algorithm=chosen, loss={"kl_coefficient": 0})
+    step = step_tokens(settings, ALGORITHMS.find(name).PLAYS, turns=4, prompt=100, context=1000)
+    once = step_flops(SHAPE, FULL, run_settings(algorithm={"name": name}, loss={"kl_coefficient": 0}), step)
+    assert step_flops(SHAPE, FULL, settings, step) == Flops((1 + more) * once.forward, once.backward, once.recomputed)
+
+
 def test_time_is_work_over_the_share_of_the_peak() -> None:
     flops = Flops(forward=100e12, backward=200e12, recomputed=90e12)
     h100 = GPUS["h100"]
