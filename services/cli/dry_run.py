@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from mulligan.cli.out import fail, show, table
 from mulligan.cli.overrides import read_overrides
 from mulligan.cli.progress import LiveLine
 from mulligan.common.errors import DomainError
 from mulligan.common.model_files import UnsupportedModel
+from mulligan.common.number_settings import NumberSettings
 from mulligan.common.suggest import problems
 from mulligan.env.envs import DEFAULT_ENVIRONMENTS
 from mulligan.env.load import load_or_explain
@@ -48,7 +49,7 @@ _ROWS: Sequence[tuple[str, Callable[[Memory], float]]] = (
 )
 
 
-class Assumptions(BaseModel):
+class Assumptions(NumberSettings):
     """What neither a recipe nor a model says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -31,6 +31,7 @@ from pydantic_settings import (
 from mulligan.common.addresses import is_loopback
 from mulligan.common.callers import CallerLimits
 from mulligan.common.http_keys import key_problem, userinfo_problem
+from mulligan.common.number_settings import NumberSettings
 from mulligan.common.secret_flags import has_setting, secret_fields, secrets_among
 from mulligan.common.suggest import did_you_mean, problems
 from mulligan.common.text import bounded
@@ -55,7 +56,7 @@ def _with_token(file: Path) -> Path:
 ClientTokenFile = Annotated[Path, AfterValidator(_with_token)]  # read at the start, and again when it changes
 
 
-class ServiceSettings(BaseSettings):
+class ServiceSettings(NumberSettings, BaseSettings):
     """Settings that every service has."""
 
     model_config = SettingsConfigDict(extra="forbid", cli_kebab_case=True, cli_implicit_flags=True)

@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mulligan.common.extras import MissingExtra
+from mulligan.common.number_settings import NumberSettings
 from mulligan.common.suggest import WHOLE, did_you_mean, problems
 
 M = TypeVar("M", bound=BaseModel)
@@ -34,7 +35,7 @@ class UnusablePlugin(ValueError):
     """No usable plug-in has this name. The message says why, and lists the known names."""
 
 
-class PluginSettings(BaseModel):
+class PluginSettings(NumberSettings):
     """Base class of the `Settings` of plug-ins. Unknown settings are refused; instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Self, TypeVar
 
-from pydantic import BaseModel, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mulligan.common.extras import MissingExtra
+from mulligan.common.number_settings import NumberSettings
 from mulligan.common.plugins import UnusablePlugin, chosen_settings, place_of, read_table
 from mulligan.common.suggest import bad_setting
 from mulligan.policy.backend import BackendSettings
@@ -19,7 +20,7 @@ from mulligan.policy.backends import BACKENDS
 S = TypeVar("S", bound=BackendSettings)
 
 
-class ModelSettings(BaseModel):
+class ModelSettings(NumberSettings):
     """The settings that every policy has, with any backend."""
 
     backend: str = Field(

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from mulligan.common.number_settings import NumberSettings
 from mulligan.common.plugins import PluginSettings, located
 from mulligan.common.reflections import MixPart, RetrievalStrategy
 
@@ -46,7 +47,7 @@ class MemoryWrites(StrEnum):
         return self is MemoryWrites.ALL or (self is MemoryWrites.SUCCESSES and solved)
 
 
-class MemoryPartSettings(BaseModel):
+class MemoryPartSettings(NumberSettings):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     strategy: RetrievalStrategy

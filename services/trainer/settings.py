@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
+from mulligan.common.number_settings import NumberSettings
 from mulligan.common.plugins import Plugins, PluginSettings, located, read_chosen, read_named
 from mulligan.common.suggest import did_you_mean
 from mulligan.trainer.advantages import ADVANTAGES
@@ -42,7 +43,7 @@ _MOST_MODULES = 4096  # more than the layers of any model
 _POLICY_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 
 
-class _Settings(BaseModel):
+class _Settings(NumberSettings):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 

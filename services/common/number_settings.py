@@ -1,0 +1,31 @@
+"""Settings in which true and false are no numbers. Pydantic reads them as 1 and 0, which hides a slip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+
+class NumberSettings(BaseModel):
+    """Base class of settings. Where a number is expected, alone or in a list, true and false are refused."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        values = value if isinstance(value, list | tuple) else (value,)
+        found = next((one for one in values if isinstance(one, bool)), None)
+        if found is not None and info.field_name is not None:
+            kinds = set(_kinds(cls.model_fields[info.field_name].annotation))
+            if kinds & {int, float} and not kinds & {bool, Any}:
+                raise PydanticCustomError("no_number", "expected a number, got {value}", {"value": str(found).lower()})
+        return value
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
