@@ -73,6 +73,23 @@ def layer_count(config: Any) -> int:
     return int(config.num_hidden_layers) + int(getattr(config, "num_nextn_predict_layers", None) or 0)
 
 
+def context_length(config: Any) -> int:
+    """How many tokens a sequence of a text model may have; 0 if its configuration does not say.
+
+    Positions of the kind "longrope" (Phi) are computed otherwise beyond the length of the first training, for all
+    sequences of a pass as soon as one is longer. So such a model has that length: within it, what is computed for a
+    sequence does not depend on the others. https://huggingface.co/docs/transformers/internal/rope_utils
+    """
+    found = int(getattr(config, "max_position_embeddings", 0) or 0)
+    positions = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        positions,
+        *(kind for kind in positions.values() if isinstance(kind, Mapping)),
+    ]  # or one for each layer type
+    first = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min([found, *(int(length) for length in first if length)])
+
+
 def check_loaded(source: str, info: Mapping[str, Iterable[Any]], layers: int) -> None:
     """Checks the loading info of transformers (`output_loading_info`, `ignore_mismatched_sizes`) for a model of
     `layers` layers: missing weights would be random numbers. Raises UnsupportedModel."""

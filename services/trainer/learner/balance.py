@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 
 def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
@@ -20,6 +21,12 @@ def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
         found[index].append(item)
         heapq.heapreplace(heap, (cost + costs[item], index))
     return [sorted(items) for items in found]
+
+
+def wall(costs: Sequence[int], size: int) -> int:
+    """The tokens that `size` processes wait for: of each pass, those of the costliest micro-batch."""
+    shares = [sorted((costs[item] for item in share), reverse=True) for share in balance(costs, size)]
+    return sum(max(together) for together in zip_longest(*shares, fillvalue=0))
 
 
 def passes(costs: Sequence[int], rank: int, size: int) -> Iterator[tuple[int, bool]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mulligan.common.errors import DomainError, invalid_field
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.learner import prefix_tree as trees
+from mulligan.trainer.learner.balance import wall
 from mulligan.trainer.learner.prefix_tree import Nodes, PrefixTree, TreeSize
 from mulligan.trainer.objective import InputKind, Objective, Tokens, inputs, inputs_of
 
@@ -116,6 +117,25 @@ def pack(data: Sequence[Datum], rows: Iterable[int], tokens: int, *, sharing: bo
     """Groups `rows` so that the model computes at most `tokens` tokens for each group: with `sharing` those of its
     prefix trees, otherwise rows of equal length. A datum that needs more is a group of its own."""
     return list(_pack_trees(data, rows, tokens) if sharing else _pack_padded(data, rows, tokens))
+
+
+def packed(
+    data: Sequence[Datum], rows: Sequence[int], tokens: int, processes: int, *, sharing: bool
+) -> tuple[list[list[int]], list[int]]:
+    """Groups as of `pack`, and the `cost` of each. Several processes need several groups each, to be dealt out evenly;
+    the smaller the groups, the less they share. So a few bounds are tried. The one is taken with which the processes
+    compute and wait for the fewest tokens."""
+    bounds = [tokens]
+    if processes > 1:
+        alone = sum(length(data[row]) for row in rows)
+        once = cost(data, rows, sharing=True) if sharing and rows else alone
+        parts = (alone // (2 * processes), once // (2 * processes), once // (3 * processes))
+        bounds = [min(tokens, part) for part in dict.fromkeys(parts)]
+    found = []
+    for bound in bounds:
+        groups = pack(data, rows, bound, sharing=sharing)
+        found.append((groups, [cost(data, group, sharing=sharing) for group in groups]))
+    return min(found, key=lambda each: wall(each[1], processes))
 
 
 def _pack_trees(data: Sequence[Datum], rows: Iterable[int], tokens: int) -> Iterator[list[int]]:

@@ -23,7 +23,7 @@ from mulligan.common.inference import PublishedWeights, WeightsKind
 from mulligan.trainer.data import Datum, Distillation
 from mulligan.trainer.learner import storage
 from mulligan.trainer.learner.balance import passes
-from mulligan.trainer.learner.batching import Microbatch, check, cost, length, microbatch, pack
+from mulligan.trainer.learner.batching import Microbatch, check, length, microbatch, packed
 from mulligan.trainer.learner.metrics import Tally
 from mulligan.trainer.learner.model import PolicyModel, arithmetic
 from mulligan.trainer.learner.optimizer import create, split
@@ -145,13 +145,8 @@ class Learner:
     ) -> Iterator[tuple[Microbatch, bool]]:
         """This process's micro-batches, each with whether it counts."""
         sharing = self.model.shares_prefixes
-        size = self._ranks.size
-        tokens = self.server.microbatch_tokens
-        if size > 1:  # at least two for each process, so that they can be dealt out evenly
-            tokens = min(tokens, sum(length(data[row]) for row in rows) // (2 * size))
-        groups = pack(data, rows, tokens, sharing=sharing)
-        costs = [cost(data, group, sharing=sharing) for group in groups]
-        own = list(passes(costs, self._ranks.rank, size))
+        groups, costs = packed(data, rows, self.server.microbatch_tokens, self._ranks.size, sharing=sharing)
+        own = list(passes(costs, self._ranks.rank, self._ranks.size))
         spent, whole_cost = 0, sum(costs[place] for place, _ in own)
         done, total = self.progress
         for place, counted in own:

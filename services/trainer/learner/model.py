@@ -22,7 +22,14 @@ from mulligan import models
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.inference import CanaryProbe
-from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
+from mulligan.common.model_files import (
+    UnsupportedModel,
+    check_loaded,
+    check_model,
+    context_length,
+    layer_count,
+    short,
+)
 from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.learner import fused_head, sharding, tree_attention, weight_check
 from mulligan.trainer.learner.batching import ModelInput, Sequences
@@ -64,7 +71,9 @@ class PolicyModel:
         self._kept = torch.float32 if settings.lora is None else self.dtype
         base, tokenizer = self._ranks.together(partial(load_source, settings, self._kept))
         self.fingerprint = model_fingerprint(base, tokenizer)
-        self.limits = ModelLimits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
+        self.limits = ModelLimits(
+            base.get_input_embeddings().num_embeddings, context_length(base.config.get_text_config())
+        )
         self._probe_sequences = _probe_sequences(tokenizer, self.limits, settings.source)
         self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
         _check_head(base, settings.source)
@@ -275,7 +284,6 @@ def load_source(settings: TrainedModelSettings, dtype: torch.dtype) -> tuple[Any
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             use_safetensors=True,  # a pickle can run code
@@ -320,10 +328,6 @@ def _probe_sequences(tokenizer: Any, limits: ModelLimits, source: str) -> weight
         return weight_check.probe_sequences(tokenizer, limits)
     except Exception as error:
         raise _unsupported(f"the tokenizer of {source} encodes nothing: {short(error)}", source) from error
-
-
-def _context_length(config: Any) -> int:
-    return int(config.get_text_config().max_position_embeddings)
 
 
 def _score(

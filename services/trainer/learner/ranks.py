@@ -36,7 +36,8 @@ from mulligan.common.errors import DomainError, Reason
 log = structlog.get_logger()
 T = TypeVar("T")
 _IDLE = timedelta(days=3650)  # how long the processes may wait for a call
-_RESTARTS = 10  # of all processes, before torchrun gives up
+_IN_A_CALL = timedelta(hours=2)  # how long they may wait within one, such as for the first one to write a checkpoint
+_RESTARTS = 100  # of all processes, over their whole life, before torchrun gives up
 _END_SECONDS = 10.0  # after the drain, before torchrun kills its processes
 _RESTART = timedelta(seconds=1)
 _PARENT_SECONDS = 1.0  # between two looks at whether torchrun lives
@@ -121,7 +122,7 @@ class Ranks:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=ranks._store, rank=ranks.rank, world_size=ranks.size)
+        dist.init_process_group(backend, store=ranks._store, rank=ranks.rank, world_size=ranks.size, timeout=_IN_A_CALL)
         ranks._control = dist.new_group(backend="gloo", timeout=_IDLE)
         ranks._mesh = init_device_mesh(place.type, (ranks.size,))
         if not ranks.is_first:  # they end when the first one has drained

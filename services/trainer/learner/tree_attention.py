@@ -143,6 +143,8 @@ def _sdpa(
     return torch.cat(outputs, 2)
 
 
+# transformers gives no name with "sdpa" to a model that its own "sdpa" would not do.
+_NAMES: dict[Kernel, str] = {"sdpa": "prefix_tree_dense", "flex": "prefix_tree_flex"}
 _KERNELS: dict[Kernel, Callable[..., Tensor]] = {"sdpa": _sdpa, "flex": _flex}
 
 
@@ -154,7 +156,7 @@ def enable(model: Any, kernel: Kernel) -> None:
         raise NoSharing(f"it has layers of the kind {', '.join(others)}")
     if not model._can_set_attn_implementation():
         raise NoSharing("its attention is not an attention function of transformers")
-    name = f"prefix_tree_{kernel}"
+    name = _NAMES[kernel]
     AttentionInterface.register(name, partial(attention, kernel))
     model.set_attn_implementation(name)
     try:

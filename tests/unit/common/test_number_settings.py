@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import pytest
@@ -21,7 +22,7 @@ class Settings(NumberSettings):
     whether: bool = False
     either: bool | int = 0
     anything: Any = None
-    by_name: dict[str, bool] = {}
+    by_name: Mapping[str, bool] = Field(default_factory=dict)
 
 
 class Further(Settings):

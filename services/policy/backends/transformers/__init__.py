@@ -27,7 +27,12 @@ class Settings(BackendSettings):
     )
     max_batch: int = Field(128, ge=1, le=4096, description="Requests that run together.")
     slots: int = Field(256, ge=1, le=65536, description="Conversations whose keys and values are kept, at most.")
-    cache_gib: float = Field(4.0, gt=0, description="Memory for keys and values; the number of slots follows.")
+    cache_gib: float = Field(
+        4.0,
+        gt=0,
+        description="Memory for keys and values. On a CPU, conversations share it by their tokens; elsewhere each slot "
+        "has memory for the whole context.",
+    )
     tokens_per_pass: int = Field(4096, ge=16, description="New tokens per forward pass; longer prompts take several.")
     batch_wait_ms: float = Field(
         0.0, ge=0, le=1000, description="How long an idle engine waits, after a request, for others to join it."

@@ -134,24 +134,57 @@ class SlotCache:
     """Keys and values of every layer: [slots, H, capacity, D]. Zeros where nothing was written: masked, not NaN.
 
     On a CPU, attention over this layout takes less than half the time of one with the capacity before the heads.
+
+    `room` is how many tokens all slots may hold together; without it all may be full. On a CPU a slot takes up memory
+    for the tokens alone that were written to it, until it is cleared. So there may be more slots than could be full.
     """
 
     def __init__(
-        self, layers: dict[int, LayerShape], slots: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: dict[int, LayerShape],
+        slots: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        room: int | None = None,
     ):
         self.slots = slots
         self.capacity = capacity
         self.dtype = dtype
+        self.room = slots * capacity if room is None else room
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        self._pages: list[tuple[mmap.mmap, int, int]] = []  # with the heads, and the bytes of one head of a slot
         for layer, shape in layers.items():
             for store, size in ((self.keys, shape.key_size), (self.values, shape.value_size)):
-                store[layer] = _zeros((slots, shape.heads, capacity, size), dtype, device)
+                store[layer] = self._zeros((slots, shape.heads, capacity, size), device)
 
     @staticmethod
-    def bytes_per_slot(layers: dict[int, LayerShape], capacity: int, dtype: torch.dtype) -> int:
-        per_token = sum(shape.heads * (shape.key_size + shape.value_size) for shape in layers.values())
-        return per_token * capacity * dtype.itemsize
+    def bytes_per_token(layers: dict[int, LayerShape], dtype: torch.dtype) -> int:
+        return dtype.itemsize * sum(shape.heads * (shape.key_size + shape.value_size) for shape in layers.values())
+
+    def _zeros(self, shape: tuple[int, int, int, int], device: torch.device) -> torch.Tensor:
+        """On a CPU, each page takes up memory once something is written to it: pages of a new mapping are zeros."""
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=device)
+        size = math.prod(shape) * self.dtype.itemsize
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._pages.append((pages, shape[1], size // (self.slots * shape[1])))
+        return torch.frombuffer(pages, dtype=self.dtype).view(shape)
+
+    def clear(self, slot: int, begin: int = 0) -> None:
+        """Gives the memory of a slot's tokens from `begin` on back. They are zeros then, but where tokens that are kept
+        have a part of the page."""
+        for pages, heads, size in self._pages:
+            skipped = begin * size // self.capacity
+            first = slot * heads * size
+            ends = [first + heads * size] if not begin else [first + (head + 1) * size for head in range(heads)]
+            length = (heads if not begin else 1) * size - skipped
+            for end in ends:
+                start = -(-(end - length) // mmap.PAGESIZE) * mmap.PAGESIZE
+                stop = end // mmap.PAGESIZE * mmap.PAGESIZE
+                if start < stop:
+                    pages.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         for store in (self.keys, self.values):
@@ -162,14 +195,7 @@ class SlotCache:
         """Frees the memory. Nothing may use it any longer."""
         self.keys.clear()
         self.values.clear()
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU, each page takes up memory once something is written to it: pages of a new mapping are zeros."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+        self._pages.clear()
 
 
 class _Group:

@@ -31,6 +31,9 @@ from mulligan.policy.model_settings import ModelSettings
 
 # Of the process when it starts: what an engine's thread is told changes what torch answers later.
 _CORES = torch.get_num_threads()
+# Slots of a cache on a CPU for each conversation of the whole context that fits: most are shorter, and take up memory for
+# their own tokens alone.
+_SHORTER = 16
 # Compiles what constrains samples, which takes seconds where a caller wants it to: only constrained samples wait for
 # these threads.
 _GRAMMARS = WorkThreads(2, "policy-grammars")
@@ -68,14 +71,20 @@ class _Loaded:
         layers = self.model.layers
         capacity = self.model.context_length
         dtype = self.model.dtype
-        size = SlotCache.bytes_per_slot(layers, capacity, dtype)
-        slots = min(1 if own.deterministic else own.slots, int(own.cache_gib * 2**30 // size))
-        if slots < 1:
+        size = SlotCache.bytes_per_token(layers, dtype)
+        room = int(own.cache_gib * 2**30 // size)
+        whole = room // capacity  # conversations that have the whole context
+        if whole < 1:
             raise UnsupportedModel(
-                f"one conversation of {capacity} tokens needs {size / 2**30:.1f} GiB of cache: "
+                f"one conversation of {capacity} tokens needs {capacity * size / 2**30:.1f} GiB of cache: "
                 "raise cache_gib or lower context_length"
             )
-        self.cache = SlotCache(layers, slots, capacity, dtype, self.model.device)
+        most = 1 if own.deterministic else own.slots
+        create = partial(SlotCache, layers, capacity=capacity, dtype=dtype, device=self.model.device, room=room)
+        try:
+            self.cache = create(slots=min(most, whole * (_SHORTER if self.model.device.type == "cpu" else 1)))
+        except OSError:  # the system promises no more memory than it has (vm.overcommit_memory 2)
+            self.cache = create(slots=min(most, whole))
         tokenizer = self.model.tokenizer
         module = self.model.module
         self.end_of_turn = tokenizer.end_of_turn(self.model.config, module.generation_config)

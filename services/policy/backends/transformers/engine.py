@@ -248,7 +248,8 @@ class Engine:
         while self._waiting and self._pause is None:
             work = self._waiting[0][-1]
             if work.request is not None:
-                if len(self._active) >= self._max_batch and not work.over:
+                is_full = len(self._active) >= self._max_batch or not self._runner.has_room(work.request)
+                if is_full and not work.over:
                     return
             elif work.steps is None and (self._active or self._scoring) and not work.over:
                 return

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from mulligan import models
 from mulligan.common.devices import TorchDevices
 from mulligan.common.fingerprint import model_fingerprint
-from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
+from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, context_length, layer_count, short
 from mulligan.policy.backends.transformers import Settings, attention
 from mulligan.policy.backends.transformers.decoder import Decoder
 from mulligan.policy.huggingface.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class Model:
             raise UnsupportedModel(f"{self.source} cannot be put on the device {self.device}: {error}") from error
         self.dtype: torch.dtype = next(self.module.parameters()).dtype
         self.config = self.module.config.get_text_config()
-        own = int(getattr(self.config, "max_position_embeddings", 0) or 0)
+        own = context_length(self.config)
         self.context_length = min(filter(None, (settings.context_length, own)), default=0)
         if self.context_length < 2:
             raise UnsupportedModel(f"{self.source} states no context length: set context_length")

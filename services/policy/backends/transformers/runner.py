@@ -73,6 +73,7 @@ class Runner:
         self._tokens = np.zeros((slots, capacity), dtype=np.int32)  # prompt, then what was sampled
         self._log_probs = np.zeros((slots, capacity), dtype=np.float32)  # by position; of sampled tokens
         self._cached = np.zeros(slots, dtype=np.int64)  # tokens whose keys and values the cache holds
+        self._held = np.zeros(slots, dtype=np.int64)  # tokens for which the cache may have taken up memory
         self._known = np.zeros(slots, dtype=np.int64)  # tokens so far
         self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
         self._limit = np.zeros(slots, dtype=np.int64)  # tokens at which it ends
@@ -88,12 +89,17 @@ class Runner:
     def running(self) -> int:
         return int(self._running.sum())
 
-    @property
-    def full(self) -> bool:
-        return bool(self._running.all())
+    def has_room(self, request: Request) -> bool:
+        """Whether a slot is free, and the cache can hold the request beside those that run. It can if none runs."""
+        if self._running.all():
+            return False
+        return int(self._limit[self._running].sum()) + self._most_tokens(request) <= self._cache.room
+
+    def _most_tokens(self, request: Request) -> int:
+        return min(len(request.prompt) + request.sampling.max_tokens, self._cache.capacity)
 
     def admit(self, request: Request) -> None:
-        """Gives the request a slot; one must be free. The prompt must be valid and shorter than the capacity."""
+        """Gives the request a slot; it must have room. The prompt must be valid and shorter than the capacity."""
         params = request.sampling
         length = len(request.prompt)
         prompt = np.fromiter(request.prompt, dtype=np.int32, count=length)
@@ -104,7 +110,7 @@ class Runner:
         self._tokens[slot, :length] = prompt
         self._cached[slot] = cached
         self._known[slot] = self._prompt[slot] = length
-        self._limit[slot] = min(length + params.max_tokens, self._cache.capacity)
+        self._limit[slot] = self._most_tokens(request)
         self._temperature[slot] = params.temperature
         self._top_p[slot] = params.top_p
         self._top_k[slot] = params.top_k
@@ -113,6 +119,22 @@ class Runner:
         self._has_stop_token[slot] = bool(params.stop_token_ids)
         self._constrained[slot] = request.constraint is not None
         self._touch(slot)
+        self._make_room(slot)
+
+    def _make_room(self, slot: int) -> None:
+        """Clears slots until the cache holds what it may: those that do not run, the least recently used first, then
+        what others had before and need no longer."""
+        self._held[slot] = max(self._held[slot], self._limit[slot])
+        excess = int(self._held.sum()) - self._cache.room
+        kept = np.where(self._running, self._limit, 0)
+        for other in np.lexsort((self._used, self._running)):
+            if excess <= 0:
+                return
+            if self._held[other] > kept[other]:
+                self._cache.clear(int(other), int(kept[other]))
+                excess -= int(self._held[other] - kept[other])
+                self._held[other] = kept[other]
+                self._cached[other] = min(self._cached[other], kept[other])
 
     def cancel(self, request: Request) -> None:
         """Frees the request's slot. What it computed stays there for reuse."""

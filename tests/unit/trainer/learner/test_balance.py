@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from itertools import product
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mulligan.trainer.learner.balance import balance, passes
+from benchmarks.learner.batches import ERL_DEMO, recorded
+from mulligan.trainer.learner.balance import balance, passes, wall
+from mulligan.trainer.learner.batching import cost, packed
 
 costs_of = st.lists(st.integers(1, 10_000), max_size=60)
 
@@ -51,6 +54,24 @@ def test_all_processes_have_equally_many_passes(costs: list[int], size: int) -> 
     assert len({len(one) for one in found}) == 1
     assert sorted(item for one in found for item, counts in one if counts) == list(range(len(costs)))
     assert all(costs[item] == min(costs) for one in found for item, counts in one if not counts)
+
+
+@given(costs_of, st.integers(1, 5))
+def test_processes_wait_for_the_costliest_of_each_pass(costs: list[int], size: int) -> None:
+    runs = [[costs[item] for item, _ in passes(costs, rank, size)] for rank in range(size)]
+    waits = sum(max(together) for together in zip(*runs, strict=True))
+    assert wall(costs, size) == waits if size > 1 else wall(costs, 1) == sum(costs)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_step_of_erl_is_dealt_out_so_that_processes_wait_little(size: int) -> None:
+    data = recorded(ERL_DEMO)
+    rows = range(len(data))
+    groups, costs = packed(data, rows, 16_384, size, sharing=True)
+    assert sorted(row for group in groups for row in group) == list(rows)
+    assert costs == [cost(data, group, sharing=True) for group in groups]
+    alone = cost(data, rows, sharing=True)
+    assert wall(costs, size) <= alone / size * {2: 1.2, 4: 1.2, 8: 1.7}[size]
 
 
 def test_one_process_keeps_the_order_and_several_begin_with_the_costliest() -> None:

@@ -22,7 +22,7 @@ def resident() -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_slot_takes_up_memory_once_it_is_written(dtype: torch.dtype) -> None:
     layers = {0: LayerShape(4, 64, 64, None)}
-    size = SlotCache.bytes_per_slot(layers, MIB // 256, dtype) * 64
+    size = SlotCache.bytes_per_token(layers, dtype) * MIB // 256 * 64
     before = resident()
     cache = SlotCache(layers, 64, MIB // 256, dtype, torch.device("cpu"))
     assert size >= 256 * MIB and resident() - before < size // 8
@@ -31,5 +31,12 @@ def test_a_slot_takes_up_memory_once_it_is_written(dtype: torch.dtype) -> None:
     cache.copy_prefix(3, 5, 2)
     assert cache.keys[0][3].all() and cache.keys[0][5, :, :2].all() and not cache.keys[0][5, :, 2:].any()
     assert resident() - before < size // 4
+    slot = size // 64 // 2  # its keys
+    for begin in (0, 1024):  # of 4096 tokens
+        cache.keys[0][3] = 2.0
+        held = resident()
+        cache.clear(3, begin)
+        assert held - resident() > slot * 0.7
+        assert (cache.keys[0][3, :, :begin] == 2).all() and not cache.keys[0][3, :, begin:].any()
     del cache
     assert resident() - before < size // 8

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mulligan.common.devices import TorchDevices
@@ -25,6 +28,7 @@ from mulligan.policy.backends.transformers.runner import Request, Runner
 from mulligan.policy.backends.transformers.weights import Weights
 from mulligan.policy.config import PolicySettings
 from mulligan.testing.weights import load, plain_log_probs
+from tests.support.effort import examples
 
 SMALL: dict[str, Any] = {
     "vocab_size": 319,
@@ -92,8 +96,8 @@ def settings(path: Path) -> PolicySettings:
     return PolicySettings.model_validate({"model": str(path), "device": "cpu", "context_length": 200})
 
 
-def runner_of(model: Model, *, reuse_prefixes: bool = True, slots: int = 4) -> Runner:
-    cache = SlotCache(model.layers, slots, model.context_length, torch.float32, model.device)
+def runner_of(model: Model, *, reuse_prefixes: bool = True, slots: int = 4, room: int | None = None) -> Runner:
+    cache = SlotCache(model.layers, slots, model.context_length, torch.float32, model.device, room)
     return Runner(model.forward, cache, model.device, [1], str, reuse_prefixes=reuse_prefixes, tokens_per_pass=24)
 
 
@@ -109,11 +113,10 @@ def test_passes_over_slots_give_the_log_probs_of_the_models_own_code(name: str, 
     finished: list[tuple[Request, Any]] = []
     for number in range(9):
         prompt = [*shared, *rng.integers(5, 319, 1 + 4 * number).tolist()]
-        if runner.full:
+        asked = Request(prompt, SamplingParams(max_tokens=3 + 5 * (number % 3)), seed=number)
+        while not runner.has_room(asked):
             finished += runner.step()
-        while runner.full:
-            finished += runner.step()
-        runner.admit(Request(prompt, SamplingParams(max_tokens=3 + 5 * (number % 3)), seed=number))
+        runner.admit(asked)
         finished += runner.step()
     while runner.running:
         finished += runner.step()
@@ -124,6 +127,44 @@ def test_passes_over_slots_give_the_log_probs_of_the_models_own_code(name: str, 
         assert sampled.log_probs == pytest.approx(expected[len(request.prompt) - 1 :], abs=1e-4)
         [[scored]] = list(model.score([tokens], 1.0))
         assert scored == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Any]:
+    """A model, and the same by transformers alone."""
+    path = saved(tmp_path_factory.mktemp("small"), SUPPORTED["llama"]())
+    return Model(settings(path)), load(path)
+
+
+@hypothesis.settings(max_examples=examples(20))
+@given(
+    asked=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 150), st.integers(1, 60)), min_size=1, max_size=14),
+    room=st.sampled_from([200, 230, 500]),
+)
+def test_what_slots_hold_together_is_bounded_and_changes_no_answer(
+    small: tuple[Model, Any], asked: list[tuple[int, int, int]], room: int
+) -> None:
+    """Prompts of three conversations, of all lengths, in 12 slots of 200 tokens each."""
+    model, reference = small
+    runner = runner_of(model, slots=12, room=room)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(5, 319, 160).tolist() for _ in range(3)]
+    finished: list[tuple[Request, Any]] = []
+    for number, (which, length, most) in enumerate(asked):
+        one = Request(texts[which][:length], SamplingParams(max_tokens=most), seed=number)
+        while not runner.has_room(one):
+            assert runner.running, "with nothing else there is room"
+            finished += runner.step()
+        runner.admit(one)
+        assert runner._held.sum() <= room and (runner._cached <= runner._held).all()
+        finished += runner.step()
+    while runner.running:
+        finished += runner.step()
+    assert len(finished) == len(asked)
+    for request, sampled in finished:
+        tokens = [*request.prompt, *sampled.token_ids]
+        expected = plain_log_probs(reference, tokens)[len(request.prompt) - 1 :]
+        assert sampled.log_probs == pytest.approx(expected, abs=1e-4)
 
 
 WRITTEN_OUT = {
