@@ -71,6 +71,7 @@ def parsed() -> argparse.Namespace:
         "--threads", type=int, default=max(1, torch.get_num_threads() // 2), help="torch threads of each way"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--callers", nargs="+", type=int, default=CALLERS, help="at a time; without streams if given")
     parser.add_argument("--shape", choices=["embedded", "4b"], default="embedded", help="what is measured")
     parser.add_argument("--model", type=Path, help="a model's folder instead of a shape")
     parser.add_argument("--engines", nargs="+", choices=["embedded", "sglang"], default=["embedded", "sglang"])
@@ -115,7 +116,7 @@ async def asked(address: str, path: str) -> Any:
 
 
 async def embedded(arguments: argparse.Namespace, path: Path, folder: Path, dtype: torch.dtype) -> EngineFigures:
-    figures = EngineFigures(EMBEDDED_WAYS)
+    figures = EngineFigures(EMBEDDED_WAYS, arguments.callers)
     settings = {"model": str(path), "threads": arguments.threads, "device": arguments.device}
     async with AsyncExitStack() as stack:
         client = await service_client(stack, folder / "embedded", **settings)
@@ -140,7 +141,7 @@ async def embedded(arguments: argparse.Namespace, path: Path, folder: Path, dtyp
 async def sglang(
     arguments: argparse.Namespace, address: str, path: Path, folder: Path, dtype: torch.dtype
 ) -> EngineFigures:
-    figures = EngineFigures(SGLANG_WAYS)
+    figures = EngineFigures(SGLANG_WAYS, arguments.callers)
     async with AsyncExitStack() as outer:
         session = await outer.enter_async_context(new_session())
         server = SglangHttp(session, address)
@@ -217,7 +218,7 @@ def flat(engine: str, figures: EngineFigures | None) -> dict[str, object]:
         return dict.fromkeys([*(f"{engine}_ratio_{callers}" for callers in CALLERS), *absent])
     service_way = figures.ways[-1]
     values: dict[str, object] = {}
-    for callers in CALLERS:
+    for callers in figures.callers:
         values[f"{engine}_ratio_{callers}"] = round(figures.ratio(service_way, callers), 3)
     for (way, callers), seconds in figures.first_token.items():
         kind = "service" if way == service_way else "direct"

@@ -114,11 +114,11 @@ def rounds_for(callers: int, rounds: int) -> int:
 
 
 async def throughput(
-    ways: Mapping[str, Callable[[int], Awaitable[Round]]], rounds: int
+    ways: Mapping[str, Callable[[int], Awaitable[Round]]], rounds: int, numbers: Sequence[int] = CALLERS
 ) -> dict[tuple[str, int], list[Round]]:
-    """The rounds of each way with each number of callers. The first round is warm-up and not counted."""
+    """The rounds of each way with each of the numbers of callers. The first round is warm-up and not counted."""
     found: dict[tuple[str, int], list[Round]] = {}
-    for callers in CALLERS:
+    for callers in numbers:
         measures = {name: (lambda way=way, n=callers: way(n)) for name, way in ways.items()}
         await alternate(measures, 1)
         for name, measured in (await alternate(measures, rounds_for(callers, rounds))).items():

@@ -33,9 +33,11 @@ _SETTLE_SECONDS = 0.5  # of that load, before an update begins
 
 @dataclass
 class EngineFigures:
-    """The figures of one engine. The first of `ways` is the one that the others are compared with."""
+    """The figures of one engine. The first of `ways` is the one that the others are compared with. `callers` are the
+    numbers of callers."""
 
     ways: list[str]
+    callers: Sequence[int] = CALLERS
     rounds: dict[tuple[str, int], list[Round]] = field(default_factory=dict)
     first_token: dict[tuple[str, int], list[float]] = field(default_factory=dict)  # seconds
     values: dict[str, float] = field(default_factory=dict)
@@ -66,8 +68,8 @@ async def measure(
     for name, engine in named.items():
         ways[name] = partial(ask, engine.generate, vocabulary, least_turns)
     assert list(ways) == figures.ways
-    figures.rounds = await throughput(ways, rounds)
-    for callers in STREAMING_CALLERS:
+    figures.rounds = await throughput(ways, rounds, figures.callers)
+    for callers in STREAMING_CALLERS if figures.callers == CALLERS else ():
         streams = {name: partial(ask_first, one.first_token, vocabulary, callers) for name, one in named.items()}
         await alternate(streams, 1)
         for name, found in (await alternate(streams, max(3, rounds // 2))).items():
@@ -160,7 +162,7 @@ async def _callers(sample: Callable[[list[int]], Awaitable[None]], vocabulary: i
 def rows(figures: EngineFigures) -> list[list[str]]:
     """The rows of the table."""
     found = []
-    for callers in CALLERS:
+    for callers in figures.callers:
         for way in figures.ways:
             rates = [one.tokens_per_second for one in figures.rounds[way, callers]]
             first = figures.first_token.get((way, callers))

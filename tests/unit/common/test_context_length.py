@@ -31,6 +31,7 @@ def test_positions_that_depend_on_the_longest_sequence_end_it(config: dict[str, 
 
 def test_a_configuration_of_phi_with_older_names_is_read() -> None:
     scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    shape: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 131072}
-    config: Any = CONFIG_MAPPING["phi3"](**shape, original_max_position_embeddings=4096, rope_scaling=scaling)
+    positions = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rope_scaling": scaling}
+    shape: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, **positions}
+    config: Any = CONFIG_MAPPING["phi3"](**shape)
     assert context_length(config) == 4096

@@ -133,7 +133,9 @@ def test_no_sequence_changes_the_positions_of_another(tmp_path: Path) -> None:
         "original_max_position_embeddings": 16,
     }
     shape = {**SHAPE, "vocab_size": VOCABULARY_SIZE, "initializer_range": 0.3}
-    config: Any = CONFIG_MAPPING["phi3"](**shape, original_max_position_embeddings=16, rope_parameters=positions)
+    config: Any = CONFIG_MAPPING["phi3"](
+        **{**shape, "original_max_position_embeddings": 16, "rope_parameters": positions}
+    )
     learner, _ = learner_of(config, tmp_path)
     assert learner.model.limits.context_length == 16 and learner.model.shares_prefixes
     short, longest = imitated("short", 6), imitated("longest", 16)
