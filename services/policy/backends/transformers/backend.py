@@ -31,8 +31,8 @@ from mulligan.policy.model_settings import ModelSettings
 
 # Of the process when it starts: what an engine's thread is told changes what torch answers later.
 _CORES = torch.get_num_threads()
-# Slots of a cache on a CPU for each conversation of the whole context that fits: most are shorter, and take up memory for
-# their own tokens alone.
+# Slots of a cache on a CPU for each conversation of the whole context that fits: most are shorter, and take up memory
+# for their own tokens alone.
 _SHORTER = 16
 # Compiles what constrains samples, which takes seconds where a caller wants it to: only constrained samples wait for
 # these threads.
