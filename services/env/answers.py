@@ -32,6 +32,10 @@ _BEGIN = re.compile(
     r"(?:(?:it|this|that|the[ ](?:result|solution|output))[ ](?:is\b|=)|(?:it|that)['’]s\b)[ ]?:?",
     re.IGNORECASE,
 )
+# What stands behind a number that is said to be the answer: "8 is the answer to 4 + 4."
+_TRAIL = re.compile(r"[*_`$]{0,3}[ ](?:is|was|are)[ ](?:the|my|our)[ ](?:\w+[ ])?answer\b", re.IGNORECASE)
+# Numbers that are no single one: 3 + 5, 16/8, 8 or 9.
+_SEVERAL = re.compile(r"[0-9)][ ]?(?:[-+*/^\u00d7\u00b7\u00f7\u2212\u2013]|\bor\b)[ ]?[(]?[-+\u2212]?[$€£]?[0-9]")
 _SENTENCE = re.compile(r"(?<=[.!?])[*_\"]*\s")  # the end of one, with another behind it
 _EQUALS = re.compile(r"(?<![=<>!:])=(?!=)")
 _EDGES = ' *_`$"'  # marks around an answer
@@ -78,10 +82,20 @@ class AnswerFormat(StrEnum):
         return _INSTRUCTIONS.get(self, "")
 
     @property
+    def read(self) -> str:
+        """What is read, in words; empty for `auto`."""
+        return _READ.get(self, "")
+
+    @property
     def missing(self) -> str:
         """Feedback for a text without an answer: a sentence or two."""
-        read = _READ.get(self)
-        return f"No answer was found. What is read: {read}." if read else "No answer was found."
+        return f"No answer was found. What is read: {self.read}." if self.read else "No answer was found."
+
+    def written(self, answer: str) -> str:
+        """The answer as an agent writes it in this format."""
+        return {AnswerFormat.TAG: f"<answer>{answer}</answer>", AnswerFormat.BOXED: f"\\boxed{{{answer}}}"}.get(
+            self, answer
+        )
 
 
 _INSTRUCTIONS = {
@@ -121,14 +135,15 @@ def boxed(answer: str) -> str | None:
 
 def read_answer(answer: str, expected: str = "", how: AnswerFormat = AnswerFormat.AUTO) -> str:
     """The answer in this format; "" if there is none. `expected` is the right answer if known. If that is a number or a
-    fraction, one is returned: what the text says that the answer is, else the last one. Of other answers `expected`
-    says the form alone: lines, a period, marks around it. Its value has no influence."""
+    fraction, one is returned: what the text says that the answer is, else the last one. A calculation or a choice, such
+    as 16/8 or "8 or 9", is returned as it is written. Of other answers `expected` says the form alone: lines, a period,
+    marks around it. Its value has no influence."""
     said = without_thoughts(answer)
     if how is AnswerFormat.CHOICE:
         return last_letter(said)
-    pattern = next((kind for kind in (_NUMBER, _FRACTION, _HEX) if kind.fullmatch(expected.strip())), None)
+    pattern = _pattern(expected.strip())
     if how is AnswerFormat.LAST_NUMBER:
-        return _last(pattern or _NUMBER, said) or _last(_NUMBER, said)
+        return _last(pattern or _pattern(_simple(expected).strip(" $")) or _NUMBER, said) or _last(_NUMBER, said)
     auto = how is AnswerFormat.AUTO
     if pattern is not None and how is AnswerFormat.LINE:
         return _value(pattern, _last_line(said)) or _last_line(said)
@@ -136,8 +151,14 @@ def read_answer(answer: str, expected: str = "", how: AnswerFormat = AnswerForma
     if found is None and auto:
         found = _unclosed(said, expected)
     if pattern is not None:
-        return _value(pattern, said if found is None and auto else found or "") or found or ""
+        whole = said if found is None and auto else found or ""
+        return _value(pattern, whole, marked=found is not None) or found or ""
     return _last_statement(said, expected) if found is None and auto else found or ""
+
+
+def _pattern(expected: str) -> re.Pattern[str] | None:
+    """Of the answers of its kind, if it is a number or a fraction."""
+    return next((kind for kind in (_NUMBER, _FRACTION, _HEX) if kind.fullmatch(expected)), None)
 
 
 def normalize(text: str) -> str:
@@ -168,7 +189,7 @@ def values(text: str) -> list[str]:
 
 def stated_value(text: str) -> str:
     """The number or fraction that a text without thoughts says its answer is, as in "The answer is 8. I took 2 steps.";
-    else the last; "" if there is none."""
+    else the last; "" if there is none. The text of a calculation or a choice, if that is what it says."""
     return _value(_VALUE, text)
 
 
@@ -206,15 +227,34 @@ def _found(said: str, how: AnswerFormat) -> str | None:
     return _boxed(said) if tagged is None and how is not AnswerFormat.TAG else tagged
 
 
-def _value(pattern: re.Pattern[str], text: str) -> str:
-    """The number that the text says its answer is, as in "The answer is 9 - 1 = 8. I took 2 steps."; else the last."""
+def _value(pattern: re.Pattern[str], text: str, *, marked: bool = False) -> str:
+    """The number that the text says its answer is, as in "The answer is 9 - 1 = 8. I took 2 steps."; else the last.
+    What is said, or `marked`, may be a calculation or a choice of numbers: then the text of that."""
     stated = _simple(_stated(text))
     if _NUMBER_COMES.match(stated):
-        right_side = _SENTENCE.split(stated, maxsplit=1)[0].rpartition("=")[2]
-        for kind in (pattern, _NUMBER):
-            if found := kind.search(right_side) or kind.search(stated):
-                return found[0].translate(_PLAIN)
+        return _one_of(pattern, _SENTENCE.split(stated, maxsplit=1)[0], first=True)
+    plain = _simple(text)
+    if marked and _NUMBER.search(plain):
+        return _one_of(pattern, plain.strip(), first=False)
+    trails = [match for match in pattern.finditer(plain) if _TRAIL.match(plain, match.end())]
+    if trails:
+        return trails[-1][0].translate(_PLAIN)
     return _last(pattern, text) or _last(_NUMBER, text)
+
+
+def _one_of(pattern: re.Pattern[str], said: str, *, first: bool) -> str:
+    """The first or the last number of the last side of an equation that has one by itself; `said` if none has."""
+    for side in reversed(said.split("=")):
+        for kind in (pattern, _NUMBER):
+            found = list(kind.finditer(side))
+            if not found:
+                continue
+            match = found[0 if first else -1]
+            several = _SEVERAL.match(side, match.end() - 1) if first else _SEVERAL.search(kind.sub("1", side))
+            if not several:
+                return match[0].translate(_PLAIN)
+            break
+    return said
 
 
 def _stated(text: str, *, lines: bool = False) -> str:

@@ -67,6 +67,21 @@ def test_the_last_number(text: str, number: str) -> None:
         ("\\boxed{\\frac{3}{4}}", "1/2", "3/4"),
         ("3 / 4 of 5", "1/2", "3/4"),
         ("The answer is 3.", "1/2", "3"),
+        # A calculation or a choice of numbers is no number.
+        ("The answer is 16/8", "8", "16/8"),
+        ("The answer is 8/2.", "8", "8/2."),
+        ("The answer is 8 or 9", "8", "8 or 9"),
+        ("The answer is 8, not 9 or 10.", "7", "8"),
+        ("The answer is 8 = 3 + 5", "7", "8"),
+        ("The answer is 3 + 5.", "3", "3 + 5."),
+        ("<answer>3 + 5</answer>", "5", "3 + 5"),
+        ("<answer>3 + 5 = 8</answer>", "7", "8"),
+        ("\\boxed{2 \\times 4 = 8}", "7", "8"),
+        ("<answer>1/2 + 1/4</answer>", "1/4", "1/2 + 1/4"),
+        ("<answer>3/4 of it</answer>", "1/2", "3/4"),
+        ("<answer>-8</answer>", "7", "-8"),
+        ("8 is the answer to 4 + 4.", "7", "8"),
+        ("So **8** is my final answer. I took 2 steps.", "7", "8"),
         ("The answer is blue.", "red", "blue"),
         ("I think.\n**Answer:** blue", "red", "blue"),
         ("The final answer is: **blue**.", "red", "blue"),
@@ -108,6 +123,11 @@ def test_the_last_number(text: str, number: str) -> None:
 )
 def test_the_expected_answer_decides_what_kind_is_read(text: str, expected: str, answer: str) -> None:
     assert read_answer(text, expected) == answer
+
+
+def test_a_fraction_is_expected_in_latex() -> None:
+    for text in ("The answer is 751/897.", "$\\dfrac{751}{897}$", "\\frac{751}{897}"):
+        assert read_answer(text, "$\\dfrac{3}{4}$", AnswerFormat.LAST_NUMBER) == "751/897"
 
 
 def test_marks_go_before_boxes() -> None:

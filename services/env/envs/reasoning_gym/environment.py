@@ -42,6 +42,7 @@ INVALID = "invalid"
 _SEEDS = 2**30  # of a split
 _MAX_ANSWER = 20_000  # characters
 _SHOWN = 200
+_TRIED = 3  # tasks of a dataset whose right answers are read, to see that the format can read them
 
 # Kept here, as importing reasoning_gym takes seconds; a test compares.
 DATASETS = tuple(
@@ -110,13 +111,13 @@ class ReasoningGymEpisode:
 
     def __init__(self, question: str, expected: str, task: Mapping[str, Any], game: ReasoningGym) -> None:
         self.observation = question
-        self._expected = expected
-        self._task = task
+        self.expected = expected
+        self.task = task
         self._game = game
 
     def step(self, action: str) -> StepResult:
         how = self._game.settings.answer
-        answer = read_answer(action, self._expected, how)
+        answer = read_answer(action, self.expected, how)
         if not answer:
             return self._result(INVALID, 0.0, how.missing, "")
         shown = printable(answer, _SHOWN)
@@ -124,7 +125,7 @@ class ReasoningGymEpisode:
         if len(answer) > _MAX_ANSWER:
             return self._result(shown, 0.0, "Incorrect.", f"{read} It is longer than {_MAX_ANSWER} characters.")
         try:
-            score = self._game.score(self._task, answer)
+            score = self._game.score(self.task, answer)
         except TookTooLong as error:
             return self._result(shown, 0.0, "Incorrect.", f"{read} It could not be scored: {error}.")
         verdict = "Correct." if score >= 1 else "Partly correct." if score > 0 else "Incorrect."
@@ -134,8 +135,8 @@ class ReasoningGymEpisode:
         return copy(self)  # nothing in it changes
 
     def _result(self, reading: str, score: float, verdict: str, read: str) -> StepResult:
-        tell = self._game.settings.tell_answer and score < 1 and self._expected
-        expected = f" Expected: {self._expected}" if tell else ""
+        tell = self._game.settings.tell_answer and score < 1 and self.expected
+        expected = f" Expected: {self.expected}" if tell else ""
         return StepResult(OVER, reading, score, done=True, feedback=f"{verdict} Score {score:.2f}.{read}{expected}")
 
 
@@ -160,12 +161,35 @@ class ReasoningGym:
         )
 
     def check(self) -> None:
-        """Raises ValueError if a dataset's settings are wrong, and names the dataset."""
+        """Raises ValueError if a dataset's settings are wrong, or its right answers cannot be read. It names the
+        dataset."""
         for name in self.settings.settings:
             try:
                 self._pool.ask({"do": "check", "name": name})
             except DatasetError as error:
                 raise ValueError(f"settings.{name}: {error}") from error
+        for name in self._datasets if self.settings.answer is not AnswerFormat.AUTO else ():
+            if unread := self._unread(name):
+                raise ValueError(
+                    f'answer: expected a format that reads the answers of {name}, such as "auto"; '
+                    f'"{self.settings.answer}" reads {self.settings.answer.read}, and the answer to {unread[0]} is '
+                    f"{printable(unread[1], _SHOWN)!r}"
+                )
+
+    def _unread(self, name: str) -> tuple[str, str] | None:
+        """A task of the dataset and its right answer, if no right answer of a few tasks counts in the format."""
+        how = self.settings.answer
+        found = None
+        for index in range(min(_TRIED, self.settings.train_tasks)):
+            task_id = f"{Split.TRAIN}/{name}/{index:05d}"
+            episode = self.start(task_id)
+            right = episode.expected
+            read = read_answer(how.written(right), right, how)
+            if not right or (read and self.score(episode.task, read) >= 1):
+                return None
+            if self.score(episode.task, right) >= 1:
+                found = found or (task_id, right)
+        return found
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
         """All tasks have difficulty 1: the datasets define difficulty by ranges of parameters, not as a number."""

@@ -59,13 +59,13 @@ def test_every_generator_makes_the_same_task_in_each_process_and_knows_its_answe
     without_answer = set()
     for task_id, episode in started.items():
         assert episode.observation and episode.observation == again[task_id].observation, task_id
-        assert episode._expected == again[task_id]._expected, task_id
+        assert episode.expected == again[task_id].expected, task_id
         nonsense = episode.fork().step(f"<answer>{NONSENSE}</answer>")
         assert 0.0 <= nonsense.reward < 0.5 and nonsense.action == NONSENSE, task_id
-        if not episode._expected:
+        if not episode.expected:
             without_answer.add(task_id.split("/")[1])
             continue
-        right = episode.step(f"I think so.\n<answer>{episode._expected}</answer>")
+        right = episode.step(f"I think so.\n<answer>{episode.expected}</answer>")
         assert (right.reward, right.done, right.truncated) == (1.0, True, False), task_id
         assert right.feedback.startswith("Correct. Score 1.00. Answer read: ")
     assert without_answer == NO_EXPECTED_ANSWER
@@ -113,7 +113,7 @@ def sentences(answer: str) -> list[str]:
 def test_the_right_answer_in_a_sentence_scores_1_and_a_wrong_one_does_not(game: ReasoningGym, name: str) -> None:
     for number in (0, 1):
         episode = game.start(f"test/{name}/{number:05d}")
-        answer = episode._expected
+        answer = episode.expected
         for said in sentences(answer):
             step = episode.fork().step(said)
             assert step.reward == 1.0, (said, step.action)
@@ -181,7 +181,7 @@ def test_feedback_tells_the_score_what_was_read_and_the_answer_if_that_is_set(
     game: ReasoningGym, other: ReasoningGym
 ) -> None:
     task_id = "train/chain_sum/00012"
-    expected = game.start(task_id)._expected
+    expected = game.start(task_id).expected
     wrong = str(int(expected) + 1_000_003)
     told = game.start(task_id).step(wrong)
     assert (told.observation, told.action, told.reward) == (OVER, wrong, 0.0)
@@ -191,10 +191,25 @@ def test_feedback_tells_the_score_what_was_read_and_the_answer_if_that_is_set(
     assert (nothing.action, nothing.reward, nothing.feedback) == (INVALID, 0.0, "No answer was found. Score 0.00.")
     assert other.start(task_id).step(f"<answer>it is {expected}</answer>").reward == 1.0
     words = other.start("train/word_sorting/00012")
-    partly = words.step(f"<answer>it is {words._expected}</answer>")
+    partly = words.step(f"<answer>it is {words.expected}</answer>")
     assert 0 < partly.reward < 1 and partly.feedback.startswith("Partly correct. Score 0.")
     long = other.start(task_id).step("9" * 30_000)
     assert long.reward == 0.0 and long.feedback.endswith("It is longer than 20000 characters.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "unread", "why"),
+    [
+        ("last_number", "spell_backward", "reads the last number, and the answer to train/spell_backward/00000 is"),
+        ("choice", "chain_sum", "reads the last letter that stands alone, and the answer to train/chain_sum/00000 is"),
+        ("line", "mini_sudoku", "reads the last line, and the answer to train/mini_sudoku/00000 is"),
+    ],
+)
+def test_a_format_that_cannot_read_the_answers_is_refused(answer: str, unread: str, why: str) -> None:
+    with pytest.raises(ValueError, match=f"answer: expected a format that reads the answers of {unread}.*{why}"):
+        create("x", {"datasets": ["gcd", unread] if answer != "choice" else [unread], "answer": answer})
+    for read in (AnswerFormat.AUTO, AnswerFormat.TAG, AnswerFormat.BOXED):
+        create("x", {"datasets": [unread], "answer": read}).close()
 
 
 def test_answers_are_never_run_as_code(other: ReasoningGym, tmp_path: Any) -> None:
@@ -208,7 +223,7 @@ def test_answers_are_never_run_as_code(other: ReasoningGym, tmp_path: Any) -> No
             assert other.start(f"train/{name}/00000").step(f"<answer>{code}</answer>").reward < 0.5, name
     assert not mark.exists()
     matrix = other.start("train/spiral_matrix/00000")
-    assert matrix.step(f"<answer>[{', '.join(matrix._expected.split())}]</answer>").reward > 0, "a literal is read"
+    assert matrix.step(f"<answer>[{', '.join(matrix.expected.split())}]</answer>").reward > 0, "a literal is read"
 
 
 def test_formulas_have_numbers_operators_and_functions() -> None:
@@ -224,7 +239,7 @@ def test_an_answer_that_takes_too_long_scores_nothing_and_the_next_is_scored() -
     slow = episode.fork().step("<answer>9**9**9</answer>")
     assert (slow.reward, slow.done) == (0.0, True)
     assert slow.feedback.endswith("Answer read: 9**9**9. It could not be scored: it took longer than 2 s.")
-    assert episode.step(f"<answer>{episode._expected}</answer>").reward == 1.0
+    assert episode.step(f"<answer>{episode.expected}</answer>").reward == 1.0
     game.close()
     with pytest.raises(Faulted, match="closed"):
         game.start("train/puzzle24/00001")
@@ -304,7 +319,7 @@ def test_an_answer_format_is_what_is_read_and_the_prompt_says_so(how: str, frame
     try:
         assert game.info.prompts.solver.endswith(AnswerFormat(how).instruction)
         for task in game.list_tasks(Split.TRAIN, 0, 3):
-            right = game.start(task.task_id)._expected
+            right = game.start(task.task_id).expected
             assert game.start(task.task_id).step(frame.format(right)).reward == 1
             none = game.start(task.task_id).step(missed.format(right))
             assert (none.reward, none.action) == (0, INVALID)
