@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.common import print_result
 from benchmarks.methods import Result, at, difference_interval, draw, interval, run_cells, told
-from proof.language_model import EVERY
+from proof.language_model import EVERY, SECOND_TRIES
 from proof.methods import RESULTS
 
 UNTRAINED = "untrained"
@@ -32,7 +32,7 @@ def main() -> None:
     arms = {arm: _results(arm) for arm in (UNTRAINED, *TRAINED)}
     if lacking := [arm for arm, results in arms.items() if not results]:
         sys.exit(f"no result yet of {', '.join(lacking)}: run it without --report-only")
-    (RESULTS / "language-model.md").write_text(page(arms))
+    (RESULTS / "language-model.md").write_text(page(arms, _results("second-tries")))
     draw(RESULTS / "language-model.png", curves(arms), "success on the test tasks")
     print((RESULTS / "language-model.md").read_text())
     print_result("language_model", compare(arms))
@@ -63,8 +63,8 @@ def spread(values: Sequence[float]) -> str:
     return f"{told(values)} ({min(values):.2f} to {max(values):.2f})"
 
 
-def page(arms: Mapping[str, Sequence[Result]]) -> str:
-    """The table of all arms, and what follows from it."""
+def page(arms: Mapping[str, Sequence[Result]], second: Sequence[Result]) -> str:
+    """The table of all arms, and what follows from it and from second tries."""
     spent = budget(arms)
     attempts = " or ".join(sorted({str(result["attempts"]) for result in arms[UNTRAINED]}))
     untrained = [result["test_success"] for result in arms[UNTRAINED]]
@@ -93,7 +93,10 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
             *(told([one[name] for one in results], 0) for name in ("rollouts", "sampled_tokens", "train_seconds")),
         ]
         lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, "", verdict(arms), "", reasons(arms), "", "![Learning curves](language-model.png)", ""])
+    said = [verdict(arms), reasons(arms), *([tries(second)] if second else [])]
+    return "\n".join(
+        [*lines, *(line for text in said for line in ("", text)), "", "![Learning curves](language-model.png)", ""]
+    )
 
 
 def verdict(arms: Mapping[str, Sequence[Result]]) -> str:
@@ -117,6 +120,28 @@ def reasons(arms: Mapping[str, Sequence[Result]]) -> str:
         "first attempt succeeds, so its 24 steps have fewer rollouts. "
         f"In the first {_EARLY} steps of ERL {first:.2f} of the first attempts succeed. Of the second ones, each of "
         f"which follows a failure and a reflection, it is {second:.2f}, {more}."
+    )
+
+
+def tries(results: Sequence[Result]) -> str:
+    """What a reflection is worth to the model as it comes, beside another try without one."""
+    rates = {
+        way: [one["ways"][way]["second_solved"] / one["ways"][way]["second_attempts"] for one in results]
+        for way in SECOND_TRIES
+    }
+    count = sum(one["ways"]["erl"]["second_attempts"] for one in results)
+    gain = fmean(rates["erl"]) - fmean(rates["try_again"])
+    half = difference_interval(rates["erl"], rates["try_again"])
+    if half is not None and gain > half:
+        so = "So its reflections help."
+    elif half is not None and gain < -half:
+        so = "So its reflections do harm: ERL's second attempts are worse than RLVR's further first ones."
+    else:
+        so = "So nothing shows that its reflections are worth more than another try, and RLVR tries again without them."
+    return (
+        f"The model as it comes, after a first attempt that failed ({count:,} times in {len(results)} seeds): told "
+        f"that alone, it succeeds at {told(rates['try_again'])}; told its attempt and the feedback, at "
+        f"{told(rates['raw_retry'])}; after a reflection on them, as in ERL, at {told(rates['erl'])}. {so}"
     )
 
 

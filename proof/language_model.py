@@ -16,8 +16,11 @@ from mulligan.cli.local import LocalServices
 from mulligan.cli.progress import EvaluationDisplay
 from mulligan.cli.train import read_settings
 from mulligan.common.channel import Endpoint
+from mulligan.common.experience import Experience
 from mulligan.models.catalog import default_folder
 from mulligan.trainer.client import RunClient
+from mulligan.trainer.folder import RunFolder
+from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from mulligan.trainer.settings import RunSettings
 from proof import CaseUnavailable
 from proof.methods import Arm, step_metrics, train
@@ -27,6 +30,8 @@ EVERY = 4  # steps between evaluations
 ARMS = {"erl": Arm("short-sentences-smollm2"), "rlvr": Arm("short-sentences-smollm2-rlvr")}
 # Of the evaluations of the model as it comes: other seeds than the runs have, whose first evaluation is one of it, too.
 UNTRAINED_SEEDS = (100, 101, 102)
+SECOND_TRIES = ("try_again", "raw_retry", "erl")  # algorithms with second attempts
+SECOND_TRY_SEEDS = 3
 _CURVES = {"train_success": "success_first", "second_success": "success_second", "groups_with_signal": ""}
 
 
@@ -86,6 +91,30 @@ async def evaluate(trainer: Endpoint, run: RunSettings) -> dict[str, Any]:
     }
 
 
+def second_tries(seed: int, folder: Path) -> dict[str, Any]:
+    """How often the model as it comes solves a task after a first failure: told only that, told its attempt and the
+    feedback, and after a reflection, as ERL has it."""
+    settings = [f"seed={seed}", "learner=none", "evaluation.every=0", "steps=2", "rollout.tasks_per_step=24"]
+    ways = {}
+    for name in SECOND_TRIES:
+        run = train(ARMS["erl"], [*settings, f"algorithm.name={name}"], folder / name)
+        journal = RunFolder(run).journal
+        steps = journaled_steps(journal)
+        experiences = [one for step in steps for one in read_experiences(journal_file(journal, step))]
+        ways[name] = {
+            "first_attempts": len(experiences),
+            "first_solved": sum(_solved(one, "first") for one in experiences),
+            "second_attempts": sum(one.sample("second") is not None for one in experiences),
+            "second_solved": sum(_solved(one, "second") for one in experiences),
+        }
+    return {"arm": "second-tries", "seed": seed, "ways": ways}
+
+
+def _solved(experience: Experience, role: str) -> bool:
+    sample = experience.sample(role)
+    return sample is not None and sample.reward is not None and sample.reward >= 1
+
+
 def _with_model(measure: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
     model_folder()
     return measure(folder)
@@ -94,6 +123,8 @@ def _with_model(measure: Callable[[Path], dict[str, Any]], folder: Path) -> dict
 def _cases() -> Iterator[tuple[str, Callable[[Path], dict[str, Any]]]]:
     for seed in UNTRAINED_SEEDS:
         yield f"language-model/untrained-{seed}", partial(_with_model, partial(untrained, seed))
+    for seed in range(SECOND_TRY_SEEDS):
+        yield f"language-model/second-tries-{seed}", partial(_with_model, partial(second_tries, seed))
     for name, arm in ARMS.items():
         for seed in range(arm.seeds):
             yield f"language-model/{name}-{seed}", partial(_with_model, partial(learn, name, seed))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.language_model import compare, curves, page, reasons, verdict
+from benchmarks.language_model import compare, curves, page, reasons, tries, verdict
 from benchmarks.methods import draw
 
 
@@ -35,7 +35,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_the_table_has_the_mean_and_the_spread_of_each_arm() -> None:
-    head, *rows = cells(page(ARMS))
+    head, *rows = cells(page(ARMS, []))
     assert head[3] == "success at 500 rollouts", "what every seed of every trained arm has spent"
     assert [row[:2] for row in rows] == [["untrained", "3"], ["rlvr", "2"], ["erl", "2"]]
     assert {len(row) for row in [head, *rows]} == {8}
@@ -43,7 +43,7 @@ def test_the_table_has_the_mean_and_the_spread_of_each_arm() -> None:
     # RLVR is at 0.3 and 0.45 after 500 rollouts, on the lines between its evaluations, and ERL at 0.9 and 0.6.
     assert [row[3].split(" ± ")[0] for row in rows[1:]] == ["0.38", "0.75"]
     assert rows[1][4].endswith("(0.40 to 0.80)") and rows[2][4] == "0.90 ± 0.00 (0.90 to 0.90)"
-    assert "100 each time" in page(ARMS)
+    assert "100 each time" in page(ARMS, [])
 
 
 def test_the_claim_is_of_means() -> None:
@@ -54,15 +54,27 @@ def test_the_claim_is_of_means() -> None:
 
 def test_the_page_says_why() -> None:
     found = reasons(ARMS)
-    assert found in page(ARMS) and "After 500 rollouts each, ERL is at 0.75 and RLVR at 0.38" in found
+    assert found in page(ARMS, []) and "After 500 rollouts each, ERL is at 0.75 and RLVR at 0.38" in found
     assert "0.20 of the first attempts succeed" in found and "it is 0.30, which is more." in found
     alike = {**ARMS, "erl": [{**result, "second_success": [0.2, 0.2]} for result in ARMS["erl"]]}
     assert "it is 0.20, which is not more" in reasons(alike)
 
 
+def test_the_page_says_what_a_reflection_is_worth() -> None:
+    def second(again: int, reflected: int) -> dict[str, Any]:
+        solved = {"try_again": again, "raw_retry": 30, "erl": reflected}
+        return {"ways": {way: {"second_attempts": 100, "second_solved": count} for way, count in solved.items()}}
+
+    found = tries([second(20, 40), second(22, 42)])
+    assert found in page(ARMS, [second(20, 40), second(22, 42)]) and found.endswith("So its reflections help.")
+    assert "(200 times in 2 seeds): told that alone, it succeeds at 0.21" in found
+    assert "nothing shows that its reflections are worth more" in tries([second(20, 21), second(22, 19)])
+    assert "do harm" in tries([second(40, 20), second(41, 21)])
+
+
 def test_the_page_says_what_the_seeds_show_and_what_they_do_not() -> None:
     # RLVR ends at 0.4 and 0.8: 12.706 * sqrt(0.08 / 2 + 0.01 / 3) = 2.646
-    assert verdict(ARMS) in page(ARMS)
+    assert verdict(ARMS) in page(ARMS, [])
     assert "RLVR ends at 0.60, the untrained model at 0.20: a difference of +0.40 ± 2.64, so these seeds" in verdict(
         ARMS
     )
