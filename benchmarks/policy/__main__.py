@@ -71,7 +71,7 @@ def parsed() -> argparse.Namespace:
         "--threads", type=int, default=max(1, torch.get_num_threads() // 2), help="torch threads of each way"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--callers", nargs="+", type=int, default=CALLERS, help="at a time; without streams if given")
+    parser.add_argument("--callers", nargs="+", type=int, default=CALLERS, help="at a time; with it throughput alone is measured")
     parser.add_argument("--shape", choices=["embedded", "4b"], default="embedded", help="what is measured")
     parser.add_argument("--model", type=Path, help="a model's folder instead of a shape")
     parser.add_argument("--engines", nargs="+", choices=["embedded", "sglang"], default=["embedded", "sglang"])

@@ -61,7 +61,8 @@ async def measure(
     rounds: int,
 ) -> None:
     """Measures `others`, then `direct` and `service`. With `others`, which compute one batch at a time, each caller
-    makes one request; without, several, for a steady load."""
+    makes one request; without, several, for a steady load. With other numbers of callers than CALLERS, throughput is
+    all that is measured."""
     least_turns = 1 if others else _STEADY_TURNS
     named = dict(zip(figures.ways[len(others) :], (direct, service), strict=True))
     ways = dict(others)
@@ -69,7 +70,9 @@ async def measure(
         ways[name] = partial(ask, engine.generate, vocabulary, least_turns)
     assert list(ways) == figures.ways
     figures.rounds = await throughput(ways, rounds, figures.callers)
-    for callers in STREAMING_CALLERS if figures.callers == CALLERS else ():
+    if figures.callers != CALLERS:
+        return
+    for callers in STREAMING_CALLERS:
         streams = {name: partial(ask_first, one.first_token, vocabulary, callers) for name, one in named.items()}
         await alternate(streams, 1)
         for name, found in (await alternate(streams, max(3, rounds // 2))).items():
