@@ -23,7 +23,7 @@ from mulligan.trainer.folder import RunFolder
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from mulligan.trainer.settings import RunSettings
 from proof import CaseUnavailable
-from proof.methods import Arm, step_metrics, train
+from proof.methods import ROOT, Arm, step_metrics, train
 
 MODEL = "smollm2-135m"
 EVERY = 4  # steps between evaluations
@@ -32,6 +32,7 @@ ARMS = {"erl": Arm("short-sentences-smollm2"), "rlvr": Arm("short-sentences-smol
 UNTRAINED_SEEDS = (100, 101, 102)
 SECOND_TRIES = ("try_again", "raw_retry", "erl")  # algorithms with second attempts
 SECOND_TRY_SEEDS = 3
+_ADAPTER = "[model.lora]\nrank = 16\n"  # of the recipe; a run without a learner has none
 _CURVES = {"train_success": "success_first", "second_success": "success_second", "groups_with_signal": ""}
 
 
@@ -94,10 +95,14 @@ async def evaluate(trainer: Endpoint, run: RunSettings) -> dict[str, Any]:
 def second_tries(seed: int, folder: Path) -> dict[str, Any]:
     """How often the model as it comes solves a task after a first failure: told only that, told its attempt and the
     feedback, and after a reflection, as ERL has it."""
+    recipe = (ROOT / "recipes" / f"{ARMS['erl'].recipe}.toml").read_text()
+    without_learner = folder / "second-tries.toml"
+    without_learner.parent.mkdir(parents=True, exist_ok=True)
+    without_learner.write_text(recipe.replace(_ADAPTER, ""))
     settings = [f"seed={seed}", "learner=none", "evaluation.every=0", "steps=2", "rollout.tasks_per_step=24"]
     ways = {}
     for name in SECOND_TRIES:
-        run = train(ARMS["erl"], [*settings, f"algorithm.name={name}"], folder / name)
+        run = train(Arm(str(without_learner)), [*settings, f"algorithm.name={name}"], folder / name)
         journal = RunFolder(run).journal
         steps = journaled_steps(journal)
         experiences = [one for step in steps for one in read_experiences(journal_file(journal, step))]
