@@ -41,8 +41,8 @@ _UNREACHABLE = re.compile(
     r"|ProxyError|SSLError|Network is unreachable|Connection refused|Connection reset"
 )
 _REFUSED = re.compile(r"\b40[13] (?:Error|Client Error|Unauthorized|Forbidden)|Credentials not correct")
-_BROKEN = re.compile(r"\b5[0-9][0-9] Server Error")
-_NO_WHEEL = re.compile(r"Wheel .* is invalid|BadZipFile|zipfile", re.IGNORECASE)
+_BROKEN = re.compile(r"\b5[0-9][0-9] (?:Server Error|error responses)")
+_NO_WHEEL = re.compile(r"Wheel .* is invalid|BadZipFile")
 
 # Told what is done now, how many bytes of it are there, and how many there will be; 0 if that is not known.
 Progress = Callable[[str, int, int], None]

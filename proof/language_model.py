@@ -96,6 +96,7 @@ def second_tries(seed: int, folder: Path) -> dict[str, Any]:
     """How often the model as it comes solves a task after a first failure: told only that, told its attempt and the
     feedback, and after a reflection, as ERL has it."""
     recipe = (ROOT / "recipes" / f"{ARMS['erl'].recipe}.toml").read_text()
+    assert _ADAPTER in recipe
     without_learner = folder / "second-tries.toml"
     without_learner.parent.mkdir(parents=True, exist_ok=True)
     without_learner.write_text(recipe.replace(_ADAPTER, ""))

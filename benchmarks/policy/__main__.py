@@ -71,7 +71,9 @@ def parsed() -> argparse.Namespace:
         "--threads", type=int, default=max(1, torch.get_num_threads() // 2), help="torch threads of each way"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--callers", nargs="+", type=int, default=CALLERS, help="at a time; with it throughput alone is measured")
+    parser.add_argument(
+        "--callers", nargs="+", type=int, default=CALLERS, help="at a time; with it throughput alone is measured"
+    )
     parser.add_argument("--shape", choices=["embedded", "4b"], default="embedded", help="what is measured")
     parser.add_argument("--model", type=Path, help="a model's folder instead of a shape")
     parser.add_argument("--engines", nargs="+", choices=["embedded", "sglang"], default=["embedded", "sglang"])
@@ -134,7 +136,8 @@ async def embedded(arguments: argparse.Namespace, path: Path, folder: Path, dtyp
         await measure(
             figures, in_process(backend), service(client), {EMBEDDED_WAYS[0]: plainly}, size, arguments.rounds
         )
-        await updates_of(figures, client, path, folder / "embedded", arguments, dtype)
+        if arguments.callers == CALLERS:
+            await updates_of(figures, client, path, folder / "embedded", arguments, dtype)
     return figures
 
 
@@ -152,6 +155,8 @@ async def sglang(
             client = await service_client(stack, folder / "sglang", **settings)
             size = (await client.info()).vocabulary_size
             await measure(figures, server.engine(), service(client), {}, size, arguments.rounds)
+            if arguments.callers != CALLERS:
+                return figures
             updates = await updates_of(figures, client, path, folder / "sglang", arguments, dtype)
         weights = [updates.following() for _ in range(2 * updates_per_case(arguments))]
         await measure_own_updates(figures, server, updates, weights, size)

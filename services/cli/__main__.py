@@ -10,6 +10,7 @@ from mulligan.common.extras import how_to_install
 
 
 def _end(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the clean-up off
     raise SystemExit(128 + signal.SIGTERM)
 
 

@@ -18,8 +18,9 @@ class NumberSettings(BaseModel):
         values = value if isinstance(value, list | tuple) else (value,)
         found = next((one for one in values if isinstance(one, bool)), None)
         if found is not None and info.field_name is not None:
-            kinds = set(_kinds(cls.model_fields[info.field_name].annotation))
-            if kinds & {int, float} and not kinds & {bool, Any}:
+            kinds = list(_kinds(cls.model_fields[info.field_name].annotation))
+            takes_it = any(kind is bool or kind is Any or isinstance(kind, bool) for kind in kinds)
+            if not takes_it and (int in kinds or float in kinds):
                 raise PydanticCustomError("no_number", "expected a number, got {value}", {"value": str(found).lower()})
         return value
 

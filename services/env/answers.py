@@ -32,10 +32,17 @@ _BEGIN = re.compile(
     r"(?:(?:it|this|that|the[ ](?:result|solution|output))[ ](?:is\b|=)|(?:it|that)['’]s\b)[ ]?:?",
     re.IGNORECASE,
 )
-# What stands behind a number that is said to be the answer: "8 is the answer to 4 + 4."
-_TRAIL = re.compile(r"[*_`$]{0,3}[ ](?:is|was|are)[ ](?:the|my|our)[ ](?:\w+[ ])?answer\b", re.IGNORECASE)
-# Numbers that are no single one: 3 + 5, 16/8, 8 or 9.
-_SEVERAL = re.compile(r"[0-9)][ ]?(?:[-+*/^\u00d7\u00b7\u00f7\u2212\u2013]|\bor\b)[ ]?[(]?[-+\u2212]?[$€£]?[0-9]")
+# What stands around a number that is said to be the answer: "So 8 is the answer to 4 + 4."
+_TRAIL_BEGIN = re.compile(r"\W*(?:(?:so|thus|hence|then|therefore)\b,?[ ])?\W*", re.IGNORECASE)
+_TRAIL = re.compile(
+    r"[*_`$]{0,3}[ ]is[ ](?:the|my|our)[ ](?:(?:final|correct|right)[ ])?answer\b[^.!?\n]*[.!?]?\W*\Z", re.IGNORECASE
+)
+# What stands between two numbers that are no single one: 3 + 5, 16/8, 8 or 9.
+_OPERATOR = r"[ ]?(?:[-+*/^\u00d7\u00b7\u00f7\u2212\u2013]|\bor\b)[ ]?[(]?"
+_GOES_ON = re.compile(rf"{_OPERATOR}[-+\u2212]?[$€£]?[0-9]")
+_GOES_BEFORE = re.compile(rf"[0-9)]{_OPERATOR}[-+\u2212]?[$€£]?\Z")
+_SIGNS = "-+\u2212\u2013"
+_BEFORE_LENGTH = 8
 _SENTENCE = re.compile(r"(?<=[.!?])[*_\"]*\s")  # the end of one, with another behind it
 _EQUALS = re.compile(r"(?<![=<>!:])=(?!=)")
 _EDGES = ' *_`$"'  # marks around an answer
@@ -232,29 +239,36 @@ def _value(pattern: re.Pattern[str], text: str, *, marked: bool = False) -> str:
     What is said, or `marked`, may be a calculation or a choice of numbers: then the text of that."""
     stated = _simple(_stated(text))
     if _NUMBER_COMES.match(stated):
-        return _one_of(pattern, _SENTENCE.split(stated, maxsplit=1)[0], first=True)
+        return _single(pattern, _SENTENCE.split(stated, maxsplit=1)[0], first=True)
     plain = _simple(text)
     if marked and _NUMBER.search(plain):
-        return _one_of(pattern, plain.strip(), first=False)
-    trails = [match for match in pattern.finditer(plain) if _TRAIL.match(plain, match.end())]
-    if trails:
-        return trails[-1][0].translate(_PLAIN)
+        return _single(pattern, plain.strip(), first=False)
+    line = _last_line(plain)
+    said = pattern.match(line, _TRAIL_BEGIN.match(line).end())  # type: ignore[union-attr]  # it matches anything
+    if said and _TRAIL.match(line, said.end()):
+        return said[0].translate(_PLAIN)
     return _last(pattern, text) or _last(_NUMBER, text)
 
 
-def _one_of(pattern: re.Pattern[str], said: str, *, first: bool) -> str:
-    """The first or the last number of the last side of an equation that has one by itself; `said` if none has."""
-    for side in reversed(said.split("=")):
-        for kind in (pattern, _NUMBER):
+def _single(pattern: re.Pattern[str], said: str, *, first: bool) -> str:
+    """A number that is no part of a calculation or a choice, on the last side of an equation that has one: the first
+    there if asked for, else the last. `said` if there is none."""
+    sides = said.split("=")
+    sides[1:] = [f"={side}" for side in sides[1:]]  # which tells a sign from a subtraction
+    for kind in (pattern, _NUMBER):
+        for side in reversed(sides):
             found = list(kind.finditer(side))
-            if not found:
-                continue
-            match = found[0 if first else -1]
-            several = _SEVERAL.match(side, match.end() - 1) if first else _SEVERAL.search(kind.sub("1", side))
-            if not several:
-                return match[0].translate(_PLAIN)
-            break
+            for match in found[: 1 if first else 0] + found[-1:]:
+                if not _is_operand(side, match):
+                    return match[0].translate(_PLAIN)
     return said
+
+
+def _is_operand(side: str, match: re.Match[str]) -> bool:
+    """Whether an operator, or the word "or", stands between the number and another one."""
+    sign = match[0][:1] if match[0][0] in _SIGNS else ""
+    before = side[max(0, match.start() - _BEFORE_LENGTH) : match.start()] + sign
+    return _GOES_ON.match(side, match.end()) is not None or _GOES_BEFORE.search(before) is not None
 
 
 def _stated(text: str, *, lines: bool = False) -> str:

@@ -328,7 +328,7 @@ class Run:
         begun_at = self.step
         while self.step < settings.steps and not self._stop.is_set():
             if evaluations.is_due(self.step):
-                await self._wait_for(evaluations)
+                await self._wait_for(evaluations, tells=self.step > begun_at)
             evaluations.check()
             if self._checkpoints.is_due:
                 await self._save(runner, evaluations)
@@ -344,11 +344,11 @@ class Run:
             await evaluations.begin(self.step)
             await self._wait_for(evaluations)
 
-    async def _wait_for(self, evaluations: Evaluations) -> None:
+    async def _wait_for(self, evaluations: Evaluations, *, tells: bool = False) -> None:
         """Waits for the evaluation that runs beside training, if one does. Raises what it raised."""
         if evaluations.under_way:
             self.activity.begin("waiting for the evaluation")
-            if self.step < self.settings.steps and not self._stop.is_set():
+            if tells:
                 self._tell_once(EVALUATIONS_TAKE_LONG)
         await evaluations.finish()
 

@@ -31,8 +31,9 @@ def probe_sequences(tokenizer: Any, limits: ModelLimits) -> ProbeTokens:
     """Token sequences within vocabulary and context, each of at least two tokens."""
     vocabulary = min(limits.vocabulary_size, len(tokenizer))  # embeddings may have unused rows
     drawn = random.Random(f"canary/{vocabulary}")
-    length = min(RANDOM_TOKENS, limits.context_length)
-    text = tokenizer.encode(TEXT, add_special_tokens=False)[: min(TEXT_TOKENS, limits.context_length)]
+    longest = limits.context_length or RANDOM_TOKENS + TEXT_TOKENS  # 0: not known
+    length = min(RANDOM_TOKENS, longest)
+    text = tokenizer.encode(TEXT, add_special_tokens=False)[: min(TEXT_TOKENS, longest)]
     sequences = [[drawn.randrange(vocabulary) for _ in range(length)] for _ in range(RANDOM_SEQUENCES)]
     return tuple(tuple(sequence) for sequence in [*sequences, text] if len(sequence) > 1)
 

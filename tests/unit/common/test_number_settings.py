@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, ValidationError
@@ -22,6 +22,7 @@ class Settings(NumberSettings):
     whether: bool = False
     either: bool | int = 0
     anything: Any = None
+    off: Literal[False] | float = False
     by_name: Mapping[str, bool] = Field(default_factory=dict)
 
 
@@ -38,7 +39,7 @@ def test_a_number_is_not_given_as_true_or_false(field: str, value: bool) -> None
 
 
 def test_what_may_be_true_or_false_is_taken() -> None:
-    found = Further(whether=True, either=True, anything=True, by_name={"a": True}, count=2, several=(1, 0.5))
+    found = Further(whether=True, either=True, anything=True, off=False, by_name={"a": True}, count=2, several=(1, 0.5))
     assert found.whether is found.either is found.anything is found.by_name["a"] is True
     assert (found.count, found.several) == (2, (1, 0.5))
 

@@ -26,6 +26,7 @@ from typing import Any
 from mulligan.env.answers import AnswerFormat, read_answer
 from mulligan.env.base import (
     EnvironmentInfo,
+    Faulted,
     MissingExtra,
     Split,
     StepResult,
@@ -177,18 +178,22 @@ class ReasoningGym:
                 )
 
     def _unread(self, name: str) -> tuple[str, str] | None:
-        """A task of the dataset and its right answer, if no right answer of a few tasks counts in the format."""
+        """A task of the dataset and its right answer, if no right answer of a few tasks counts in the format. None also
+        where that cannot be found out."""
         how = self.settings.answer
+        split = Split.TRAIN if self.settings.train_tasks else Split.TEST
         found = None
-        for index in range(min(_TRIED, self.settings.train_tasks)):
-            task_id = f"{Split.TRAIN}/{name}/{index:05d}"
-            episode = self.start(task_id)
-            right = episode.expected
-            read = read_answer(how.written(right), right, how)
-            if not right or (read and self.score(episode.task, read) >= 1):
-                return None
-            if self.score(episode.task, right) >= 1:
-                found = found or (task_id, right)
+        try:
+            for index in range(min(_TRIED, self._counts[split])):
+                episode = self.start(f"{split}/{name}/{index:05d}")
+                right = episode.expected
+                read = read_answer(how.written(right), right, how)
+                if not right or (read and self.score(episode.task, read) >= 1):
+                    return None
+                if found is None and self.score(episode.task, right) >= 1:
+                    found = f"{split}/{name}/{index:05d}", right
+        except (DatasetError, Faulted, TookTooLong):  # a task that is played says so
+            return None
         return found
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:

@@ -169,6 +169,7 @@ class SlotCache:
             return torch.zeros(shape, dtype=self.dtype, device=device)
         size = math.prod(shape) * self.dtype.itemsize
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_NOHUGEPAGE)  # one written token would take up 2 MiB of each head
         self._pages.append((pages, shape[1], size // (self.slots * shape[1])))
         return torch.frombuffer(pages, dtype=self.dtype).view(shape)
 

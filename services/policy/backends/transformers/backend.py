@@ -81,10 +81,13 @@ class _Loaded:
             )
         most = 1 if own.deterministic else own.slots
         create = partial(SlotCache, layers, capacity=capacity, dtype=dtype, device=self.model.device, room=room)
+        cache: SlotCache | None = None
+        with suppress(OSError):  # where the system promises no more memory than it has (vm.overcommit_memory 2)
+            cache = create(slots=min(most, whole * (_SHORTER if self.model.device.type == "cpu" else 1)))
         try:
-            self.cache = create(slots=min(most, whole * (_SHORTER if self.model.device.type == "cpu" else 1)))
-        except OSError:  # the system promises no more memory than it has (vm.overcommit_memory 2)
-            self.cache = create(slots=min(most, whole))
+            self.cache = cache or create(slots=min(most, whole))
+        except OSError as error:
+            raise UnsupportedModel(f"cache_gib: {own.cache_gib} GiB cannot be had: {error.strerror}") from error
         tokenizer = self.model.tokenizer
         module = self.model.module
         self.end_of_turn = tokenizer.end_of_turn(self.model.config, module.generation_config)

@@ -73,7 +73,8 @@ class Runner:
         self._tokens = np.zeros((slots, capacity), dtype=np.int32)  # prompt, then what was sampled
         self._log_probs = np.zeros((slots, capacity), dtype=np.float32)  # by position; of sampled tokens
         self._cached = np.zeros(slots, dtype=np.int64)  # tokens whose keys and values the cache holds
-        self._held = np.zeros(slots, dtype=np.int64)  # tokens for which the cache may have taken up memory
+        self._written = np.zeros(slots, dtype=np.int64)  # tokens for which the cache has taken up memory
+        self._held = np.zeros(slots, dtype=np.int64)  # the same, with those that a running request may still write
         self._known = np.zeros(slots, dtype=np.int64)  # tokens so far
         self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
         self._limit = np.zeros(slots, dtype=np.int64)  # tokens at which it ends
@@ -124,7 +125,7 @@ class Runner:
     def _make_room(self, slot: int) -> None:
         """Clears slots until the cache holds what it may: those that do not run, the least recently used first, then
         what others had before and need no longer."""
-        self._held[slot] = max(self._held[slot], self._limit[slot])
+        self._held[slot] = max(self._written[slot], self._limit[slot])
         excess = int(self._held.sum()) - self._cache.room
         kept = np.where(self._running, self._limit, 0)
         for other in np.lexsort((self._used, self._running)):
@@ -134,6 +135,7 @@ class Runner:
                 self._cache.clear(int(other), int(kept[other]))
                 excess -= int(self._held[other] - kept[other])
                 self._held[other] = kept[other]
+                self._written[other] = min(self._written[other], kept[other])
                 self._cached[other] = min(self._cached[other], kept[other])
 
     def cancel(self, request: Request) -> None:
@@ -269,6 +271,7 @@ class Runner:
     def _free(self, request: Request) -> None:
         slot = request.slot
         request.slot = -1
+        self._held[slot] = self._written[slot] = max(self._written[slot], self._known[slot])
         self._requests[slot] = None
         self._running[slot] = False
         self._touch(slot)

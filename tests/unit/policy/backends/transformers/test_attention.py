@@ -40,3 +40,18 @@ def test_a_slot_takes_up_memory_once_it_is_written(dtype: torch.dtype) -> None:
         assert (cache.keys[0][3, :, :begin] == 2).all() and not cache.keys[0][3, :, begin:].any()
     del cache
     assert resident() - before < size // 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_its_pages_are_small_ones() -> None:
+    """A huge page would take up memory for the whole context of a head once a token is written."""
+    cache = SlotCache({0: LayerShape(1, 64, 64, None)}, 4, 4 * MIB, torch.float32, torch.device("cpu"))
+    place = cache.keys[0].data_ptr()
+    flags = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        begin, _, rest = line.partition(" ")[0].partition("-")
+        if rest and all(character in "0123456789abcdef" for character in begin + rest):
+            here = int(begin, 16) <= place < int(rest, 16)
+        elif line.startswith("VmFlags:") and here:
+            flags = line
+    assert " nh" in flags
