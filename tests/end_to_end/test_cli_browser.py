@@ -75,6 +75,7 @@ def test_ctrl_c_quits_it_too(folder: str, cache: dict[str, str]) -> None:
         assert terminal.status() == 0 and terminal.settings == terminal.before
 
 
+@pytest.mark.long
 def test_in_a_pipe_and_with_options_it_prints(folder: str, cache: dict[str, str]) -> None:
     piped = printed(folder)
     assert piped.returncode == 0 and piped.stderr == ""

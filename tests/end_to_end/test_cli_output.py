@@ -131,6 +131,7 @@ def test_ids_are_whole_in_terminals_of_any_width(loop: Loop, reflections: Sequen
     assert "step 1/1  left 0:00:00" in watched
 
 
+@pytest.mark.long
 def test_ids_are_whole_in_a_pipe_and_a_unique_beginning_is_enough(loop: Loop, reflections: Sequence[str]) -> None:
     [row] = piped(loop, "runs").stdout.splitlines()[1:]
     assert row.split()[0] == RUN

@@ -54,13 +54,13 @@ def wide(name: str, *others: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-LONG = pytest.param("sglang", True, marks=pytest.mark.long)
+LONG = [pytest.param(name, True, marks=pytest.mark.long) for name in ("sglang", "openai")]
 
 
 @pytest.mark.parametrize(
     ("name", "streamed"),
     # SGLang's OpenAI endpoint looks only every few seconds whether the caller of a whole answer is still there.
-    [("batched", False), ("batched", True), ("sglang", False), LONG, ("openai", True)],
+    [("batched", False), ("batched", True), ("sglang", False), *LONG],
 )
 async def test_a_call_whose_caller_is_gone_stops_the_engine(name: str, streamed: bool) -> None:
     """Cancelled, or past its deadline; the caller beside them has its answer."""

@@ -33,18 +33,24 @@ MODULE = "tests.support.distribution.acme"
 AVOIDED = replace(sampled(), objective=Unlikelihood(0.5, (1.0, 2.0)), branch="avoided")
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return write_tiny_model(tmp_path / "tiny")
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture
-async def client(services: ServiceProcesses, tiny: Path, tmp_path: Path) -> AsyncIterator[LearnerClient]:
+@pytest.fixture(scope="module")
+def address(shared_services: ServiceProcesses, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of a server that has the package, installed and as modules."""
-    path = [str(install(tmp_path / "installed")), *filter(None, sys.path)]
-    folders: dict[str, Any] = {"checkpoint-folder": tmp_path / "checkpoints", "weights-folder": tmp_path / "weights"}
+    folder = tmp_path_factory.mktemp("server")
+    path = [str(install(folder / "installed")), *filter(None, sys.path)]
+    folders: dict[str, Any] = {"checkpoint-folder": folder / "checkpoints", "weights-folder": folder / "weights"}
     folders["models-folder"] = tiny.parent
-    address = services.start("trainer", environment={"PYTHONPATH": os.pathsep.join(path)}, threads=1, **folders).address
+    environment = {"PYTHONPATH": os.pathsep.join(path)}
+    return shared_services.start("trainer", environment=environment, threads=1, **folders).address
+
+
+@pytest.fixture
+async def client(address: str, tiny: Path) -> AsyncIterator[LearnerClient]:
     client = await LearnerClient.create(Endpoint(address), "learner", "run", spec(tiny, deterministic=True))
     yield client
     await client.close()
