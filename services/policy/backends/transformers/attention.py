@@ -15,7 +15,7 @@ import math
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -169,7 +169,8 @@ class SlotCache:
             return torch.zeros(shape, dtype=self.dtype, device=device)
         size = math.prod(shape) * self.dtype.itemsize
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_NOHUGEPAGE)  # one written token would take up 2 MiB of each head
+        with suppress(AttributeError, OSError):  # a system without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)  # one written token would take up 2 MiB of each head
         self._pages.append((pages, shape[1], size // (self.slots * shape[1])))
         return torch.frombuffer(pages, dtype=self.dtype).view(shape)
 
