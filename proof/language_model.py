@@ -16,7 +16,6 @@ from mulligan.cli.local import LocalServices
 from mulligan.cli.progress import EvaluationDisplay
 from mulligan.cli.train import read_settings
 from mulligan.common.channel import Endpoint
-from mulligan.common.experience import Experience
 from mulligan.models.catalog import default_folder
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.folder import RunFolder
@@ -24,6 +23,7 @@ from mulligan.trainer.journal import journal_file, journaled_steps, read_experie
 from mulligan.trainer.settings import RunSettings
 from proof import CaseUnavailable
 from proof.methods import ROOT, Arm, step_metrics, train
+from proof.second_attempts import solved
 
 MODEL = "smollm2-135m"
 EVERY = 4  # steps between evaluations
@@ -109,16 +109,11 @@ def second_tries(seed: int, folder: Path) -> dict[str, Any]:
         experiences = [one for step in steps for one in read_experiences(journal_file(journal, step))]
         ways[name] = {
             "first_attempts": len(experiences),
-            "first_solved": sum(_solved(one, "first") for one in experiences),
+            "first_solved": sum(solved(one, "first") for one in experiences),
             "second_attempts": sum(one.sample("second") is not None for one in experiences),
-            "second_solved": sum(_solved(one, "second") for one in experiences),
+            "second_solved": sum(solved(one, "second") for one in experiences),
         }
     return {"arm": "second-tries", "seed": seed, "ways": ways}
-
-
-def _solved(experience: Experience, role: str) -> bool:
-    sample = experience.sample(role)
-    return sample is not None and sample.reward is not None and sample.reward >= 1
 
 
 def _with_model(measure: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:

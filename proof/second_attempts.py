@@ -58,22 +58,22 @@ def window(experiences: Sequence[Experience]) -> dict[str, Any]:
     shown = {one.experience_id: memory(one) for one in tried}
     by_reflection, by_memory, by_path = (defaultdict(list) for _ in range(3))
     for one in tried:
-        solved = _solved(one, "second")
-        by_reflection[kinds[one.experience_id]].append(solved)
+        is_solved = solved(one, "second")
+        by_reflection[kinds[one.experience_id]].append(is_solved)
         by_memory[kind(shown[one.experience_id])].append(kinds[one.experience_id] == "right")
         if kinds[one.experience_id] == "right":
-            by_path[path(one)].append(solved)
+            by_path[path(one)].append(is_solved)
     return {
         "first_attempts": len(experiences),
-        "first_success": share(_solved(one, "first") for one in experiences),
+        "first_success": share(solved(one, "first") for one in experiences),
         "second_attempts": len(tried),
-        "second_success": share(_solved(one, "second") for one in tried),
+        "second_success": share(solved(one, "second") for one in tried),
         "reflections": dict(Counter(kinds.values())),
         "second_success_by_reflection": _shares(by_reflection),
         "memory_shown": dict(Counter(map(kind, shown.values()))),
         "right_reflections_by_memory": _shares(by_memory),
         "reflections_equal_to_memory": share(one["reflection"].text == shown[one.experience_id] for one in tried),
-        "remembered": dict(Counter(kinds[one.experience_id] for one in tried if _solved(one, "second"))),
+        "remembered": dict(Counter(kinds[one.experience_id] for one in tried if solved(one, "second"))),
         "moves_needed": fmean(map(path, experiences)) if experiences else None,
         "moves_needed_in_second_attempts": fmean(map(path, tried)) if tried else None,
         "second_success_with_right_legend_by_moves_needed": _shares(by_path),
@@ -116,9 +116,10 @@ def _shares(groups: Mapping[Any, list[bool]]) -> dict[str, float | None]:
     return {str(name): share(values) for name, values in sorted(groups.items())}
 
 
-def _solved(experience: Experience, role: str) -> bool:
-    reward = experience[role].reward
-    return reward is not None and reward >= 1
+def solved(experience: Experience, role: str) -> bool:
+    """False also without a sample of the role."""
+    sample = experience.sample(role)
+    return sample is not None and sample.reward is not None and sample.reward >= 1
 
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {

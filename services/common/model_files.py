@@ -82,10 +82,8 @@ def context_length(config: Any) -> int:
     """
     found = int(getattr(config, "max_position_embeddings", 0) or 0)
     positions = getattr(config, "rope_parameters", None) or {}
-    kinds = [
-        positions,
-        *(kind for kind in positions.values() if isinstance(kind, Mapping)),
-    ]  # or one for each layer type
+    # Some architectures have such settings for each type of layer.
+    kinds = [positions, *(kind for kind in positions.values() if isinstance(kind, Mapping))]
     first = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
     return min([found, *(int(length) for length in first if length)])
 

@@ -15,14 +15,23 @@ class NumberSettings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        values = value if isinstance(value, list | tuple) else (value,)
-        found = next((one for one in values if isinstance(one, bool)), None)
-        if found is not None and info.field_name is not None:
-            kinds = list(_kinds(cls.model_fields[info.field_name].annotation))
-            takes_it = any(kind is bool or kind is Any or isinstance(kind, bool) for kind in kinds)
-            if not takes_it and (int in kinds or float in kinds):
-                raise PydanticCustomError("no_number", "expected a number, got {value}", {"value": str(found).lower()})
+        if info.field_name is not None and (
+            said := number_problem(value, cls.model_fields[info.field_name].annotation)
+        ):
+            raise PydanticCustomError("no_number", "{said}", {"said": said})
         return value
+
+
+def number_problem(value: Any, annotation: Any) -> str:
+    """What is wrong where true or false is given, alone or in a list, and the annotation expects numbers; "" if nothing
+    is."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    found = next((one for one in values if isinstance(one, bool)), None)
+    if found is None:
+        return ""
+    kinds = list(_kinds(annotation))
+    takes_it = any(kind is bool or kind is Any or isinstance(kind, bool) for kind in kinds)
+    return "" if takes_it or not (int in kinds or float in kinds) else f"expected a number, got {str(found).lower()}"
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

@@ -23,12 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from enum import Flag, auto
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
 from mulligan.common.extras import MissingExtra
 from mulligan.common.inference import Tool
+from mulligan.common.number_settings import number_problem
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.thoughts import without_thoughts
 from mulligan.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
@@ -168,6 +169,10 @@ def read_settings(kind: type[S], values: Mapping[str, object]) -> S:
     if unknown:
         near = did_you_mean(unknown[0], known)
         raise ValueError(f"{unknown[0]}: no such setting{near}; there are: {', '.join(known)}")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if said := number_problem(value, hints[name]):
+            raise ValueError(f"{name}: {said}")
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:

@@ -37,7 +37,7 @@ class Played:
     episodes: int  # sampled
     texts: int = 0  # sampled: reflections
     copies: int = 0  # of episodes, in another context
-    unsampled: int = 0  # episodes and copies whose loss compares with the old policy, but not by what was sampled
+    unsampled: int = 0  # episodes and copies whose old log-probabilities can only come from the learner
 
 
 # For `AlgorithmSettings.without_effect`: of algorithms without advantages; without policy gradients; without these and

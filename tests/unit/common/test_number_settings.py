@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from mulligan.common.number_settings import NumberSettings
 from mulligan.common.suggest import problems
 from mulligan.env.config import EnvSettings
+from mulligan.env.load import load
 from mulligan.policy.config import PolicySettings
 from mulligan.trainer.settings import RunSettings
 
@@ -60,3 +61,16 @@ def test_all_settings_of_the_services_refuse_it(model: type[Any], given: dict[st
         model.model_validate(given)
     (said,) = problems(raised.value, model).items()
     assert said[0].startswith(where) and "expected a number, got" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        ("frozenlake", {"max_steps": True}, "max_steps: expected a number, got true"),
+        ("sokoban", {"seed": False}, "seed: expected a number, got false"),
+        ("reasoning_gym", {"train_tasks": True}, "train_tasks: expected a number, got true"),
+    ],
+)
+def test_environments_refuse_it(kind: str, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load("x", {"kind": kind, **given})

@@ -123,10 +123,12 @@ class Runner:
         self._make_room(slot)
 
     def _make_room(self, slot: int) -> None:
-        """Clears slots until the cache holds what it may: those that do not run, the least recently used first, then
-        what others had before and need no longer."""
+        """Clears slots until the cache holds no more than it may: first the free ones, of which the least recently used
+        comes first; then, of those that run, what earlier requests left behind the end of theirs."""
         self._held[slot] = max(self._written[slot], self._limit[slot])
         excess = int(self._held.sum()) - self._cache.room
+        if excess <= 0:
+            return
         kept = np.where(self._running, self._limit, 0)
         for other in np.lexsort((self._used, self._running)):
             if excess <= 0:
